@@ -1,0 +1,353 @@
+"""`fed.toml` and `site.toml`, parsed once into frozen models.
+
+`FederationConfig` is what the coordinator's operator writes, `SiteConfig` what a hospital writes.
+The part of the former that both sides must agree on is the `Plan`: the coordinator sends it to each
+site at the handshake, and its hash is part of every task. Units stand in the names; every default
+is visible in `fed.example.toml` and `site.example.toml`, which a test loads.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedoap.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+"""A site's or federation's name: lower-case letters, digits, `_` and `-`; safe as a folder's name."""
+
+Endpoint = Annotated[str, Field(pattern=r"^tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.*-]+):(\d{1,5}|\*)$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Attention = Literal["off", "projection", "joint", "gated"]
+Modality = Literal["mr", "ct", "ultrasound", "photo"]
+
+
+class Frozen(BaseModel):
+    """A section of a configuration file: immutable, and no key but those declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NetworkConfig(Frozen):
+    """The U-Net with decoupled cross-attention (arXiv 2511.18847).
+
+    The authors' network is `width=64, depth=4, heads=1, attention="projection"`: its bottleneck and
+    hence the attention has `width * 2**depth` = 1024 channels.
+    """
+
+    dimensions: Literal[2, 3] = 2
+    in_channels: Annotated[int, Field(ge=1, le=16)] = 1
+    width: Annotated[int, Field(ge=4, le=256)] = 16
+    depth: Annotated[int, Field(ge=1, le=6)] = 4
+    heads: Annotated[int, Field(ge=1, le=64)] = 1
+    attention: Attention = "joint"
+    adapter: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide_the_bottleneck(self) -> Self:
+        if self.bottleneck % self.heads:
+            raise ValueError(f"heads is {self.heads}, but must divide the bottleneck's {self.bottleneck} channels")
+        return self
+
+    @property
+    def bottleneck(self) -> int:
+        """The number of channels at the lowest resolution."""
+        channels: int = self.width * 2**self.depth
+        return channels
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether the attention reads the global bank of keys and values."""
+        return self.attention in ("joint", "gated")
+
+
+class BankConfig(Frozen):
+    """The global bank of keys and values: a codebook made by federated k-means."""
+
+    slots: Annotated[int, Field(ge=1, le=4096)] = 64
+    min_patients: Annotated[int, Field(ge=1)] = 3
+    """A site keeps a slot to itself while fewer of its patients than this contribute to it."""
+    mass: Positive = 64.0
+    """Total weight of the bank in the softmax, in tokens: log_weight = log(count / total * mass)."""
+    cases_per_site: Annotated[int, Field(ge=1)] = 256
+    """At most so many training cases of a site enter one exchange."""
+
+
+class DataConfig(Frozen):
+    """What every site does with an image before the network sees it."""
+
+    size: tuple[int, ...] = (128, 128)
+    """Voxels of the network's input; one number a spatial dimension."""
+    augment: bool = True
+
+
+class TrainingConfig(Frozen):
+    """One site's work in one round."""
+
+    steps_per_round: Annotated[int, Field(ge=1)] = 50
+    """Optimizer steps a round, the same at every site whatever the number of its cases."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    learning_rate: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    restart_rounds: Annotated[int, Field(ge=1)] = 10
+    """T0 of cosine annealing with warm restarts, in rounds."""
+    restart_factor: Annotated[int, Field(ge=1)] = 2
+    """T_mult of cosine annealing with warm restarts."""
+    gradient_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest L2 norm of the gradient; 0 leaves it alone."""
+    shared_path_fraction: Fraction = 0.2
+    """Share of the steps that train the shared query, adapter and head instead of the personal ones."""
+
+
+class CalibrationConfig(Frozen):
+    """The personalisation stage after the last round: the perturbed boundary loss."""
+
+    steps: Annotated[int, Field(ge=0)] = 200
+    """Optimizer steps; 0 leaves the stage out."""
+    learning_rate: Positive = 3e-4
+    region: Literal["error", "band", "both"] = "error"
+    radius: Annotated[int, Field(ge=1, le=16)] = 1
+    """Half-width of the boundary band in voxels."""
+    sigma: Annotated[float, Field(ge=0)] = 0.1
+    tau: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    lam: Fraction = 0.1
+    evaluations: Annotated[int, Field(ge=1)] = 5
+    """How often the validation cases are looked at; the best of these states is kept."""
+
+
+class StrategyConfig(Frozen):
+    """Which federated algorithm runs: an entry of `fedoap.strategies.STRATEGIES`."""
+
+    name: str = "fedoap"
+    personal: tuple[str, ...] | None = None
+    """Parts that stay at the site instead of the strategy's own list (see `fedoap.params.PARTS`)."""
+    weighting: Literal["cases", "uniform"] = "uniform"
+    """How much a site counts in the mean: by its training cases, or all alike."""
+    server_learning_rate: Positive = 1.0
+    """Step along the mean of the sites' changes; 1 is plain averaging."""
+
+
+class WireConfig(Frozen):
+    """How tensors travel."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Plan(Frozen):
+    """What every member of a federation must agree on; sent to each site at the handshake."""
+
+    federation: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Annotated[int, Field(ge=1)] = 20
+    network: NetworkConfig = NetworkConfig()
+    bank: BankConfig = BankConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    wire: WireConfig = WireConfig()
+
+    @model_validator(mode="after")
+    def _size_suits_the_network(self) -> Self:
+        size, dimensions, step = self.data.size, self.network.dimensions, 2**self.network.depth
+        if len(size) != dimensions:
+            raise ValueError(f"data.size is {size}, but network.dimensions is {dimensions}")
+        if any(n <= 0 or n % step for n in size):
+            raise ValueError(f"data.size is {size}, but each number must be a multiple of 2**network.depth = {step}")
+        return self
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical JSON of this plan."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Return the plan that `to_bytes` wrote.
+
+        Raises:
+            ConfigError: the bytes are no plan of this version.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise ConfigError(f"plan from the coordinator: {_first_line(error, cls)}") from None
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the canonical JSON."""
+        return hashlib.sha256(self.to_bytes()).digest()
+
+
+class CoordinatorConfig(Frozen):
+    """Where the coordinator listens and keeps its state."""
+
+    bind: Endpoint = "tcp://0.0.0.0:7470"
+    advertise: Endpoint = "tcp://127.0.0.1:7470"
+    """Address that invitations name: what the sites can reach, which need not be `bind`."""
+    state: Path = Path("state")
+    """Folder for keys, ledger and blobs; relative paths start at the file's folder."""
+    uploads_at_once: Annotated[int, Field(ge=1)] = 8
+    """Sites that may upload at the same time; bounds the coordinator's memory."""
+
+
+class RoundsConfig(Frozen):
+    """When a round starts and ends."""
+
+    count: Annotated[int, Field(ge=1)] = 20
+    quorum: Annotated[int, Field(ge=1)] | None = None
+    """Fewest sites whose updates make a round; all sites where not given."""
+    deadline_minutes: Positive = 240.0
+    """A round with quorum closes then, without those that are late; one without it starts anew."""
+    silence_seconds: Positive = 60.0
+    """A site that has not been heard for so long is not waited for, once there is a quorum."""
+    attempts: Annotated[int, Field(ge=1)] = 5
+    """So many attempts at one round without a quorum end the run."""
+
+
+class FederationConfig(Frozen):
+    """The whole of `fed.toml`."""
+
+    federation: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    sites: Annotated[tuple[Name, ...], Field(min_length=1)]
+    coordinator: CoordinatorConfig = CoordinatorConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    network: NetworkConfig = NetworkConfig()
+    bank: BankConfig = BankConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    wire: WireConfig = WireConfig()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if len(set(self.sites)) != len(self.sites):
+            raise ValueError(f"sites is {list(self.sites)}, but each name may occur once")
+        if self.quorum > len(self.sites):
+            raise ValueError(f"rounds.quorum is {self.quorum}, but only {len(self.sites)} sites are listed")
+        _ = self.plan
+        return self
+
+    @property
+    def quorum(self) -> int:
+        """The fewest sites whose updates make a round."""
+        return self.rounds.quorum or len(self.sites)
+
+    @property
+    def plan(self) -> Plan:
+        """What the sites are told."""
+        shared = {name: getattr(self, name) for name in Plan.model_fields if name != "rounds"}
+        return Plan(rounds=self.rounds.count, **shared)
+
+
+class SiteData(Frozen):
+    """A hospital's images and how to read them."""
+
+    datalist: Path
+    """MONAI/Decathlon JSON with lists `training`, `validation` and `test`."""
+    root: Path | None = None
+    """Folder that the datalist's paths start at; the datalist's own folder where not given."""
+    modality: Modality = "mr"
+    """Chooses the defaults of intensity scaling and augmentation."""
+    spacing_mm: tuple[Positive, ...] | None = None
+    """Resample to this voxel spacing; images are only resized where not given."""
+    window: tuple[float, float] | None = None
+    """Intensities mapped to [0, 1], such as (-100, 250) Hounsfield units; per modality where not given."""
+    channels: tuple[int, ...] | None = None
+    """Channels of the image to use, for files that hold several."""
+    max_training_cases: Annotated[int, Field(ge=1)] | None = None
+    """Use only the first so many training cases, for trials."""
+
+
+class WorkerConfig(Frozen):
+    """How the training process runs."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    gpus: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs to train on together, through torch.distributed.run."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads for PyTorch; 0 lets PyTorch choose."""
+    command: tuple[str, ...] | None = None
+    """Another program to run jobs with; it gets the job file's path as last argument."""
+
+
+class SiteConfig(Frozen):
+    """The whole of `site.toml`; who the site is, and its keys, lie beside it."""
+
+    data: SiteData | None = None
+    worker: WorkerConfig = WorkerConfig()
+
+
+ConfigT = TypeVar("ConfigT", FederationConfig, SiteConfig)
+
+
+def load_federation(path: Path) -> FederationConfig:
+    """Return the checked `fed.toml`, its state folder made absolute.
+
+    Raises:
+        ConfigError: naming file, key, value and expectation.
+    """
+    config = _load(path, FederationConfig)
+    state = (path.parent / config.coordinator.state).absolute()
+    return config.model_copy(update={"coordinator": config.coordinator.model_copy(update={"state": state})})
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Return the checked `site.toml`, its data paths made absolute.
+
+    Raises:
+        ConfigError: naming file, key, value and expectation.
+    """
+    config = _load(path, SiteConfig)
+    if config.data is None:
+        return config
+    datalist = (path.parent / config.data.datalist).absolute()
+    root = datalist.parent if config.data.root is None else (path.parent / config.data.root).absolute()
+    return config.model_copy(update={"data": config.data.model_copy(update={"datalist": datalist, "root": root})})
+
+
+def _load(path: Path, model: type[ConfigT]) -> ConfigT:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first_line(error, model)}") from None
+
+
+def _first_line(error: ValidationError, model: type[BaseModel]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(key, _keys(model), n=1)
+            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        case _:
+            text = first["msg"][0].lower() + first["msg"][1:]
+            return f"{key} is {first['input']!r}, but {text}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _keys(kind, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,46 @@
+"""The one hierarchy of errors.
+
+Every error that a user can cause is a `FedoapError` whose text is one line: subject, value,
+expectation, place. The command lines print that line and exit with code 2; anything else is a bug
+of ours and keeps its traceback.
+"""
+
+
+class FedoapError(Exception):
+    """Anything that a user, an operator or a peer can set right."""
+
+
+class ConfigError(FedoapError):
+    """A configuration file or command-line value is wrong."""
+
+
+class DataError(FedoapError):
+    """A datalist, an image or a mask is wrong."""
+
+
+class IdentityError(FedoapError):
+    """A key, token, signature or certificate is wrong."""
+
+
+class MessageError(FedoapError):
+    """A message does not have the form that its type prescribes."""
+
+
+class TensorsError(FedoapError):
+    """A set of tensors does not match its manifest or the model's schema."""
+
+
+class TrainingError(FedoapError):
+    """Training cannot go on: a loss that is not finite, no case to train on."""
+
+
+class StorageError(FedoapError):
+    """The disk refused: full, read-only, locked by another process."""
+
+
+class RefusedError(FedoapError):
+    """The other side refused what was asked; `code` is its machine-readable reason."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code

@@ -1,0 +1,304 @@
+"""A named set of tensors <-> a manifest (names, dtypes, shapes, chunk hashes) and raw bytes.
+
+On disk and on the wire a set of tensors is one blob: the tensors' little-endian bytes, one after the
+other in the order of their names. The manifest says what lies where, and its SHA-256 is the blob's
+name, so a name fixes every byte. Nothing here knows torch: bfloat16 is `uint16` bits with a label.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self, TypeAlias, cast, get_args
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from fedoap.errors import TensorsError
+from fedoap.messages import CHUNK_BYTES
+
+MANIFEST_VERSION = 1
+HASH_BYTES = 32
+Dtype: TypeAlias = Literal["float32", "bfloat16", "int64"]
+ITEM_BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "int64": 8}
+TaskKind: TypeAlias = Literal["init", "seed", "bank", "train", "calibrate"]
+"""`init` makes the first weights, `seed` the first bank, `bank` refreshes it, `calibrate` sends metrics only."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor's place in a blob."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class BlobManifest:
+    """What a blob holds, and the SHA-256 of each of its chunks."""
+
+    tensors: tuple[TensorSpec, ...]
+    hashes: bytes
+    chunk_bytes: int = CHUNK_BYTES
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of the blob."""
+        return sum(spec.size for spec in self.tensors)
+
+    @cached_property
+    def id(self) -> bytes:
+        """The blob's name: SHA-256 of the packed manifest."""
+        return hashlib.sha256(self.pack()).digest()
+
+    def chunk(self, at: int) -> tuple[int, bytes]:
+        """Return length and SHA-256 of the chunk that starts at byte `at`, a multiple of `chunk_bytes`."""
+        index = at // self.chunk_bytes
+        return min(self.chunk_bytes, self.size - at), self.hashes[index * HASH_BYTES : (index + 1) * HASH_BYTES]
+
+    def pack(self) -> bytes:
+        """Return the canonical bytes."""
+        rows = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors]
+        return _pack({"v": MANIFEST_VERSION, "tensors": rows, "chunk": self.chunk_bytes, "sha256": self.hashes})
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Return the manifest that `pack` wrote.
+
+        Raises:
+            TensorsError: it has another form, or its numbers do not fit each other.
+        """
+        match _unpack(data, "manifest"):
+            case {"v": 1, "tensors": list(rows), "chunk": int(chunk), "sha256": bytes(hashes), **rest} if not rest:
+                manifest = cls(tuple(_spec(row) for row in rows), hashes, chunk)
+            case _:
+                raise TensorsError("manifest: keys or types are not those of version 1")
+        names = [spec.name for spec in manifest.tensors]
+        if names != sorted(set(names)):
+            raise TensorsError("manifest: names must be sorted and occur once")
+        if chunk != CHUNK_BYTES or len(hashes) != HASH_BYTES * -(-manifest.size // chunk):
+            raise TensorsError(f"manifest: {len(hashes)} bytes of hashes do not fit {manifest.size} bytes of tensors")
+        return manifest
+
+    def offsets(self) -> Iterator[tuple[TensorSpec, int]]:
+        """Yield each tensor with the byte at which it starts."""
+        at = 0
+        for spec in self.tensors:
+            yield spec, at
+            at += spec.size
+
+
+@dataclass(frozen=True, slots=True)
+class TaskManifest:
+    """A task as the coordinator signs it: everything that a site needs, and everything an update is bound to."""
+
+    federation: str
+    plan: bytes
+    kind: TaskKind
+    round: int
+    attempt: int
+    cohort: tuple[str, ...]
+    deadline_seconds: int
+    model: BlobManifest | None = None
+    bank: BlobManifest | None = None
+
+    @property
+    def work(self) -> bytes:
+        """Names what is to be done, whatever the attempt: work once done for it need not be done again."""
+        parts = [self.kind, self.round, _id(self.model), _id(self.bank), self.plan]
+        return hashlib.sha256(_pack(parts)).digest()
+
+    @property
+    def blobs(self) -> tuple[BlobManifest, ...]:
+        """What a site must have before it can start."""
+        return tuple(blob for blob in (self.model, self.bank) if blob is not None)
+
+    def pack(self) -> bytes:
+        """Return the canonical bytes; their SHA-256 is the task's name."""
+        return _pack(
+            {
+                "v": MANIFEST_VERSION,
+                "federation": self.federation,
+                "plan": self.plan,
+                "kind": self.kind,
+                "round": self.round,
+                "attempt": self.attempt,
+                "cohort": list(self.cohort),
+                "deadline": self.deadline_seconds,
+                "model": self.model.pack() if self.model else b"",
+                "bank": self.bank.pack() if self.bank else b"",
+            }
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Return the manifest that `pack` wrote.
+
+        Raises:
+            TensorsError: it has another form.
+        """
+        match _unpack(data, "task"):
+            case {
+                "v": 1,
+                "federation": str(federation),
+                "plan": bytes(plan),
+                "kind": str(kind),
+                "round": int(number),
+                "attempt": int(attempt),
+                "cohort": list(cohort),
+                "deadline": int(deadline),
+                "model": bytes(model),
+                "bank": bytes(bank),
+                **rest,
+            } if not rest and kind in get_args(TaskKind) and all(isinstance(name, str) for name in cohort):
+                blobs = [BlobManifest.unpack(blob) if blob else None for blob in (model, bank)]
+                return cls(federation, plan, cast(TaskKind, kind), number, attempt, tuple(cohort), deadline, *blobs)
+            case _:
+                raise TensorsError("task: keys or types are not those of version 1")
+
+
+@dataclass(frozen=True, slots=True)
+class UploadManifest:
+    """One site's result of one task, as the site signs it; `blob` may hold no tensor at all."""
+
+    task: bytes
+    site: str
+    cases: int
+    metrics: tuple[tuple[str, float], ...]
+    blob: BlobManifest
+
+    def pack(self) -> bytes:
+        """Return the canonical bytes; their SHA-256 is the upload's name."""
+        return _pack(
+            {
+                "v": MANIFEST_VERSION,
+                "task": self.task,
+                "site": self.site,
+                "cases": self.cases,
+                "metrics": dict(self.metrics),
+                "blob": self.blob.pack(),
+            }
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """Return the manifest that `pack` wrote.
+
+        Raises:
+            TensorsError: it has another form, or a metric is no finite number.
+        """
+        match _unpack(data, "upload"):
+            case {
+                "v": 1,
+                "task": bytes(task),
+                "site": str(site),
+                "cases": int(cases),
+                "metrics": dict(metrics),
+                "blob": bytes(blob),
+                **rest,
+            } if not rest and cases >= 0:
+                if not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values()):
+                    raise TensorsError("upload: a metric is not a finite number")
+                return cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob))
+            case _:
+                raise TensorsError("upload: keys or types are not those of version 1")
+
+
+def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return values rounded to bfloat16, to nearest even, as bits; what is not finite stays so.
+
+    >>> bfloat16_bits(np.array([1.0, -2.5], np.float32))
+    array([16256, 49184], dtype=uint16)
+    """
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where(np.isnan(values), quiet, rounded).astype(np.uint16)
+
+
+def float32_values(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Return the values of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def as_float32(raw: bytes | memoryview, dtype: Dtype) -> NDArray[np.float32]:
+    """Return the float values of a piece of a float32 or bfloat16 tensor's bytes."""
+    if dtype == "bfloat16":
+        return float32_values(np.frombuffer(raw, "<u2"))
+    return np.frombuffer(raw, "<f4")
+
+
+def write_blob(path: Path, tensors: Mapping[str, NDArray[np.generic]], dtype: Dtype = "float32") -> BlobManifest:
+    """Write tensors to a blob file, floats as `dtype`, integers as int64, and return its manifest."""
+    specs, hashes, pending = [], [], bytearray()
+    with path.open("wb") as file:
+        for name in sorted(tensors):
+            array = np.asarray(tensors[name])
+            kind: Dtype = dtype if np.issubdtype(array.dtype, np.floating) else "int64"
+            specs.append(TensorSpec(name, kind, array.shape))
+            pending += _raw(array, kind)
+            while len(pending) >= CHUNK_BYTES:
+                hashes.append(hashlib.sha256(pending[:CHUNK_BYTES]).digest())
+                file.write(pending[:CHUNK_BYTES])
+                del pending[:CHUNK_BYTES]
+        if pending:
+            hashes.append(hashlib.sha256(pending).digest())
+            file.write(pending)
+    return BlobManifest(tuple(specs), b"".join(hashes))
+
+
+def read_blob(path: Path, manifest: BlobManifest) -> dict[str, NDArray[np.generic]]:
+    """Return a blob's tensors: float32 (bfloat16 widened) and int64.
+
+    Raises:
+        TensorsError: the file's size is not the manifest's.
+    """
+    size = path.stat().st_size
+    if size != manifest.size:
+        raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.size}")
+    tensors: dict[str, NDArray[np.generic]] = {}
+    with path.open("rb") as file:
+        for spec in manifest.tensors:
+            raw = file.read(spec.size)
+            values = np.frombuffer(raw, "<i8") if spec.dtype == "int64" else as_float32(raw, spec.dtype)
+            tensors[spec.name] = values.reshape(spec.shape)
+    return tensors
+
+
+def _raw(array: NDArray[np.generic], dtype: Dtype) -> bytes:
+    if dtype == "int64":
+        return array.astype("<i8").tobytes()
+    values = array.astype("<f4")
+    return bfloat16_bits(values).tobytes() if dtype == "bfloat16" else values.tobytes()
+
+
+def _spec(row: object) -> TensorSpec:
+    match row:
+        case [str(name), "float32" | "bfloat16" | "int64" as dtype, list(shape)]:
+            if all(type(n) is int and 0 <= n < 2**40 for n in shape) and 0 < len(name) < 256 and len(shape) <= 8:
+                return TensorSpec(name, dtype, tuple(shape))
+    raise TensorsError("manifest: a tensor's row must be [name, float32 | bfloat16 | int64, shape]")
+
+
+def _id(blob: BlobManifest | None) -> bytes:
+    return blob.id if blob else b""
+
+
+def _pack(value: object) -> bytes:
+    return msgpack.packb(value, use_bin_type=True)  # type: ignore[no-any-return]
+
+
+def _unpack(data: bytes, what: str) -> object:
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise TensorsError(f"{what}: not msgpack of the allowed form: {type(error).__name__}") from None

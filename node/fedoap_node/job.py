@@ -1,0 +1,67 @@
+"""The contract between the node daemon and its training process: files in, lines out, files back.
+
+The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`. The worker
+prints one JSON object a line on standard output (`JobProgress`), everything else on standard error,
+and leaves in `job.output`: `result.json` (`JobResult`, written last, atomically), `update.blob` and
+`update.manifest` (the tensors to upload, perhaps none), and, where the job changed them, the new
+personal state as safetensors files under `personal/`. It never touches `job.personal`. Exit code 0
+means that `result.json` is there; 2 means that the last line of standard error says what to set right.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from fedoap.config import Frozen, Plan, SiteData, WorkerConfig
+
+JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
+"""`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""
+
+RESULT = "result.json"
+UPDATE_BLOB = "update.blob"
+UPDATE_MANIFEST = "update.manifest"
+PERSONAL = "personal"
+
+
+class BlobFiles(Frozen):
+    """A downloaded blob: the raw bytes and, beside them, the packed `BlobManifest`."""
+
+    blob: Path
+    manifest: Path
+
+
+class Job(Frozen):
+    """One task, made out for the worker; all paths are absolute."""
+
+    kind: JobKind
+    site: str
+    round: int
+    plan: Plan
+    data: SiteData
+    worker: WorkerConfig = WorkerConfig()
+    model: BlobFiles | None = None
+    bank: BlobFiles | None = None
+    personal: Path | None = None
+    """Folder with the personal state that the last finished job left; none at first."""
+    cache: Path
+    """Folder in which preprocessed cases may be kept between jobs."""
+    output: Path
+
+
+class JobProgress(Frozen):
+    """One line of the worker's standard output."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    dice: float = -1.0
+    """Mean validation Dice, or -1 while there is none."""
+
+
+class JobResult(Frozen):
+    """What the worker has to say at the end, beside the tensors."""
+
+    cases: int
+    """Training cases used: the site's weight where the strategy weighs by cases."""
+    metrics: dict[str, float]
+    """Finite numbers only, such as `loss`, `dice_validation`, `dice_test`, `seconds`, `steps`."""
