@@ -130,6 +130,8 @@ class StrategyConfig(Frozen):
     """How much a site counts in the mean: by its training cases, or all alike."""
     server_learning_rate: Positive = 1.0
     """Step along the mean of the sites' changes; 1 is plain averaging."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """mu of mu/2 ||w_personal - w_shared||^2, which holds personal parts near their shared twins."""
 
 
 class WireConfig(Frozen):
@@ -283,6 +285,27 @@ class SiteConfig(Frozen):
 
     data: SiteData | None = None
     worker: WorkerConfig = WorkerConfig()
+
+
+class BlobFiles(Frozen):
+    """A blob on disk: the raw bytes and, beside them, the packed `fedoap.tensors.BlobManifest`."""
+
+    blob: Path
+    manifest: Path
+
+
+class ModelRecord(Frozen):
+    """`model.json` of a model folder: what it takes to build a model and run it; paths are absolute.
+
+    A site's folder has one with its personal state, the coordinator's `export` one without.
+    """
+
+    plan: Plan
+    round: int
+    shared: BlobFiles
+    bank: BlobFiles | None = None
+    personal: Path | None = None
+    """Folder with the site's `personal.safetensors`; a model without it runs on the shared path."""
 
 
 ConfigT = TypeVar("ConfigT", FederationConfig, SiteConfig)

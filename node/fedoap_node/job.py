@@ -11,7 +11,7 @@ means that `result.json` is there; 2 means that the last line of standard error 
 from pathlib import Path
 from typing import Literal
 
-from fedoap.config import Frozen, Plan, SiteData, WorkerConfig
+from fedoap.config import BlobFiles, Frozen, Plan, SiteData, WorkerConfig
 
 JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
 """`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""
@@ -20,13 +20,6 @@ RESULT = "result.json"
 UPDATE_BLOB = "update.blob"
 UPDATE_MANIFEST = "update.manifest"
 PERSONAL = "personal"
-
-
-class BlobFiles(Frozen):
-    """A downloaded blob: the raw bytes and, beside them, the packed `BlobManifest`."""
-
-    blob: Path
-    manifest: Path
 
 
 class Job(Frozen):
