@@ -17,10 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedoap.errors import ConfigError
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+ENDPOINT_PATTERN = r"^tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.*-]+):(\d{1,5}|\*)$"
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A site's or federation's name: lower-case letters, digits, `_` and `-`; safe as a folder's name."""
 
-Endpoint = Annotated[str, Field(pattern=r"^tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.*-]+):(\d{1,5}|\*)$")]
+Endpoint = Annotated[str, Field(pattern=ENDPOINT_PATTERN)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Attention = Literal["off", "projection", "joint", "gated"]
