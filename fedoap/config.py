@@ -311,7 +311,7 @@ class ModelRecord(Frozen):
     """Folder with the site's `personal.safetensors`; a model without it runs on the shared path."""
 
 
-ConfigT = TypeVar("ConfigT", FederationConfig, SiteConfig)
+FrozenT = TypeVar("FrozenT", bound=Frozen)
 
 
 def load_federation(path: Path) -> FederationConfig:
@@ -320,7 +320,7 @@ def load_federation(path: Path) -> FederationConfig:
     Raises:
         ConfigError: naming file, key, value and expectation.
     """
-    config = _load(path, FederationConfig)
+    config = load_toml(path, FederationConfig)
     state = (path.parent / config.coordinator.state).absolute()
     return config.model_copy(update={"coordinator": config.coordinator.model_copy(update={"state": state})})
 
@@ -331,15 +331,24 @@ def load_site(path: Path) -> SiteConfig:
     Raises:
         ConfigError: naming file, key, value and expectation.
     """
-    config = _load(path, SiteConfig)
+    return with_absolute_data(load_toml(path, SiteConfig), path.parent)
+
+
+def with_absolute_data(config: SiteConfig, folder: Path) -> SiteConfig:
+    """Return the configuration with its data paths made absolute, relative ones starting at the folder."""
     if config.data is None:
         return config
-    datalist = (path.parent / config.data.datalist).absolute()
-    root = datalist.parent if config.data.root is None else (path.parent / config.data.root).absolute()
+    datalist = (folder / config.data.datalist).absolute()
+    root = datalist.parent if config.data.root is None else (folder / config.data.root).absolute()
     return config.model_copy(update={"data": config.data.model_copy(update={"datalist": datalist, "root": root})})
 
 
-def _load(path: Path, model: type[ConfigT]) -> ConfigT:
+def load_toml(path: Path, model: type[FrozenT]) -> FrozenT:
+    """Return a file's values as the model, paths as they stand.
+
+    Raises:
+        ConfigError: naming file, key, value and expectation.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
