@@ -1,0 +1,48 @@
+"""How a federation stands, for the console, the log and the tests: a frozen view of the coordinator."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from fedoap.tensors import TaskKind
+
+SiteState: TypeAlias = Literal[
+    "absent", "idle", "working", "waiting", "uploading", "committed", "failed", "silent", "revoked"
+]
+"""`absent` was never heard of; `waiting` has offered its result and others are ahead of it."""
+RunState: TypeAlias = Literal["waiting", "open", "merging", "finished", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatus:
+    """One site of the configuration."""
+
+    name: str
+    state: SiteState
+    heard_seconds: float | None = None
+    """Seconds since its last message, or None where there was none."""
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    dice: float = -1.0
+    """Mean validation Dice, or -1 while there is none."""
+    received: int = 0
+    """Bytes of its upload that have arrived, of `size`."""
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The whole federation; `kind`, `round` and `attempt` are those of the exchange under way or due next."""
+
+    state: RunState
+    reason: str
+    kind: TaskKind | None
+    round: int
+    rounds: int
+    attempt: int
+    seconds: float
+    """Since the exchange was opened, 0 where none is."""
+    deadline_seconds: float
+    """Until the exchange's deadline, 0 where none is open."""
+    sites: tuple[SiteStatus, ...]
