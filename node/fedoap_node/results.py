@@ -1,0 +1,146 @@
+"""Results of finished work, the personal state they leave, and the model that the site has now.
+
+A worker writes into a folder of its own under `work/`. Once its result is complete and durable, one
+rename gives the folder the name of its work; a second one makes its `personal/` the newest
+generation under `state/personal/`. So a crash at any point leaves the personal state of the last
+finished job or of this one, whole, and `recover` does what was left undone.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedoap.config import BlobFiles, ModelRecord
+from fedoap.errors import TensorsError, TrainingError
+from fedoap.identity import sync_folder
+from fedoap.sitefolder import SiteFolder
+from fedoap.tensors import BlobManifest
+from fedoap_node.files import remove, share, sync_tree, write_durably
+from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
+
+JOB = "job.json"
+PERSONAL_PREFIX = "personal."
+"""Names of tensors that never leave a site begin so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished job has to send."""
+
+    cases: int
+    metrics: tuple[tuple[str, float], ...]
+    blob: BlobManifest
+    path: Path
+    """File of the blob's bytes; there is none if the blob is empty."""
+
+
+class Results:
+    """The work of one site that is done, by `TaskManifest.work`."""
+
+    def __init__(self, folder: SiteFolder) -> None:
+        self._work, self._personal = folder.state / "work", folder.state / PERSONAL
+        self._model, self._record = folder.model, folder.model_record
+        for place in (self._work, self._personal, self._model):
+            place.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def personal(self) -> Path | None:
+        """Folder of the personal state that the last finished job left, if any did."""
+        generations = self._generations()
+        return generations[-1] if generations else None
+
+    def start(self, work: bytes) -> Path:
+        """Return a fresh folder for a worker's output."""
+        return Path(tempfile.mkdtemp(prefix=f"{work.hex()}-", dir=self._work))
+
+    def find(self, work: bytes) -> Result | None:
+        """Return the kept result of this work, if there is one."""
+        folder = self._work / work.hex()
+        return _read(folder) if folder.is_dir() else None
+
+    def finish(self, work: bytes, output: Path) -> Result:
+        """Keep what a worker left, promote its personal state, and return the result.
+
+        Raises:
+            TrainingError: the result is missing, does not fit its manifest or names personal tensors.
+        """
+        _read(output)
+        sync_tree(output)
+        folder = self._work / work.hex()
+        remove(folder)
+        output.rename(folder)
+        sync_folder(self._work)
+        self._settle(folder)
+        return _read(folder)
+
+    def recover(self) -> None:
+        """Remove what crashed workers left and do what a crash of ours left undone."""
+        for path in self._work.iterdir():
+            if len(path.name) != 64:
+                remove(path)
+        for folder in sorted(self._work.iterdir(), key=lambda folder: (folder / RESULT).stat().st_mtime_ns):
+            self._settle(folder)
+
+    def keep_only(self, work: bytes) -> None:
+        """Delete every kept result but this work's."""
+        for path in self._work.iterdir():
+            if path.name != work.hex():
+                remove(path)
+
+    def _settle(self, folder: Path) -> None:
+        left = folder / PERSONAL
+        if left.is_dir():
+            newest = self.personal
+            left.rename(self._personal / f"{int(newest.name) + 1 if newest else 1:08d}")
+            sync_folder(self._personal)
+        job = Job.model_validate_json((folder / JOB).read_bytes())
+        if job.kind in ("train", "calibrate"):
+            self._write_record(job, folder)
+            for old in self._generations()[:-1]:
+                remove(old)
+
+    def _write_record(self, job: Job, folder: Path) -> None:
+        """Write `model.json`: what this job trained, and the personal state that it left with it."""
+        update = BlobFiles(blob=folder / UPDATE_BLOB, manifest=folder / UPDATE_MANIFEST)
+        shared = update if job.kind == "train" and update.blob.is_file() else job.model
+        if shared is None or not all(self._is_here(files) for files in (shared, job.bank) if files):
+            return
+        linked = self._link(shared)
+        bank = self._link(job.bank) if job.bank else None
+        record = ModelRecord(plan=job.plan, round=job.round, shared=linked, bank=bank, personal=self.personal)
+        write_durably(self._record, record.model_dump_json(indent=1).encode())
+        used = {path for files in (linked, bank) if files for path in (files.blob, files.manifest)}
+        for path in self._model.iterdir():
+            if path not in used | {self._record}:
+                remove(path)
+
+    def _is_here(self, files: BlobFiles) -> bool:
+        return files.blob.is_file() and files.manifest.is_file()
+
+    def _link(self, files: BlobFiles) -> BlobFiles:
+        name = BlobManifest.unpack(files.manifest.read_bytes()).id.hex()
+        linked = BlobFiles(blob=self._model / name, manifest=self._model / f"{name}.manifest")
+        share(files.blob, linked.blob)
+        share(files.manifest, linked.manifest)
+        return linked
+
+    def _generations(self) -> list[Path]:
+        return sorted(path for path in self._personal.iterdir() if path.name.isdecimal())
+
+
+def _read(folder: Path) -> Result:
+    try:
+        said = JobResult.model_validate_json((folder / RESULT).read_bytes())
+        packed = folder / UPDATE_MANIFEST
+        blob = BlobManifest.unpack(packed.read_bytes()) if packed.is_file() else BlobManifest((), b"")
+        size = (folder / UPDATE_BLOB).stat().st_size if blob.size else 0
+    except (OSError, ValidationError, TensorsError) as error:
+        raise TrainingError(f"worker: left no usable result: {str(error).splitlines()[0]}") from None
+    if size != blob.size:
+        raise TrainingError(f"worker: {UPDATE_BLOB} has {size} bytes, but its manifest says {blob.size}")
+    personal = [spec.name for spec in blob.tensors if spec.name.startswith(PERSONAL_PREFIX)]
+    if personal:
+        raise TrainingError(f"worker: update names {personal[0]}, but personal tensors never leave a site")
+    return Result(said.cases, tuple(sorted(said.metrics.items())), blob, folder / UPDATE_BLOB)

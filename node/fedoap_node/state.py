@@ -1,0 +1,88 @@
+"""A site's state on disk: one daemon at a time, and nothing that a crash at any point can spoil."""
+
+import fcntl
+import os
+
+from fedoap.config import Plan
+from fedoap.errors import StorageError, TrainingError
+from fedoap.sitefolder import SiteFolder
+from fedoap.tensors import TaskManifest
+from fedoap_node.blobs import BlobStore
+from fedoap_node.files import remove, write_durably
+from fedoap_node.results import Result, Results
+
+
+class SiteState:
+    """The state folder of one site, held by this process until `close`.
+
+    Raises:
+        StorageError: another process holds it, or the disk refuses.
+    """
+
+    def __init__(self, folder: SiteFolder) -> None:
+        self.folder = folder
+        self._lock = lock_state(folder)
+        self.blobs = BlobStore(folder.state)
+        self.results = Results(folder)
+        self.results.recover()
+        self.cache = folder.state / "cache"
+        self.cache.mkdir(exist_ok=True)
+
+    def keep_plan(self, plan: bytes) -> None:
+        """Keep the plan that the coordinator sent."""
+        write_durably(self.folder.state / "plan.json", plan)
+
+    def plan(self) -> Plan:
+        """Return the plan that was kept last.
+
+        Raises:
+            TrainingError: there is none yet.
+        """
+        try:
+            return Plan.from_bytes((self.folder.state / "plan.json").read_bytes())
+        except FileNotFoundError:
+            raise TrainingError("plan: the coordinator has sent none yet") from None
+
+    def finished(self, manifest: TaskManifest) -> Result | None:
+        """Return the kept result of a task's work, if there is one; one that cannot be read is removed."""
+        try:
+            return self.results.find(manifest.work)
+        except TrainingError:
+            remove(self.folder.state / "work" / manifest.work.hex())
+            return None
+
+    def commit(self, manifest: TaskManifest) -> None:
+        """Delete what is no longer needed once the coordinator holds this task's result for good.
+
+        The result itself stays: a round that fails is tried again, with the same work.
+        """
+        self.results.keep_only(manifest.work)
+        self.blobs.keep_only(blob.id for blob in manifest.blobs)
+
+    def close(self) -> None:
+        """Let another process hold the state."""
+        self.blobs.close()
+        os.close(self._lock)
+
+
+def lock_state(folder: SiteFolder) -> int:
+    """Return a descriptor that holds the site's lock until it is closed.
+
+    Raises:
+        StorageError: another process holds it, or the disk refuses.
+    """
+    path = folder.state / "lock"
+    try:
+        folder.state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 20).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise StorageError(f"site {folder.name}: another node runs on {folder.path}, process {holder}") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor

@@ -1,0 +1,137 @@
+"""The worker process: started for one job, listened to, ended with everything that it started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from fedoap.config import WorkerConfig
+from fedoap.errors import StorageError
+from fedoap_node import leash
+from fedoap_node.job import JobProgress
+from fedoap_node.journal import rotate
+
+READ_BYTES = 1 << 16
+GRACE_SECONDS = 10.0
+"""A worker that was asked to end is killed after so long."""
+
+
+def worker_command(worker: WorkerConfig, job: Path) -> list[str]:
+    """Return the command line that runs a job.
+
+    >>> worker_command(WorkerConfig(command=("my_worker", "--fast")), Path("/s/job.json"))
+    ['my_worker', '--fast', '/s/job.json']
+    """
+    if worker.command:
+        return [*worker.command, str(job)]
+    module = ["-m", "fedoap_node.worker", str(job)]
+    if worker.gpus > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={worker.gpus}"]
+        return [sys.executable, *launcher, *module]
+    return [sys.executable, *module]
+
+
+class Trainer:
+    """One worker that runs.
+
+    Args:
+        command: what to run.
+        log: file that its standard error is appended to.
+
+    Raises:
+        StorageError: it cannot be started.
+    """
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        rotate(log)
+        self._log = log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        self._pending = b""
+        leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
+        try:
+            with log.open("ab") as errors:
+                self._process = subprocess.Popen(
+                    leashed, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                )
+        except OSError as error:
+            raise StorageError(f"worker: {command[0]} cannot be started: {error.strerror}") from None
+        assert self._process.stdout is not None
+        self._stdout: IO[bytes] = self._process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+        self.ended = os.pidfd_open(self._process.pid)
+        """Descriptor that becomes readable when the worker has ended."""
+
+    @property
+    def stdout(self) -> int:
+        """Descriptor of the worker's standard output."""
+        return self._stdout.fileno()
+
+    def progress(self) -> JobProgress | None:
+        """Return the newest progress that has arrived since the last call; other lines go to its log."""
+        newest = None
+        for line in self._lines():
+            try:
+                newest = JobProgress.model_validate_json(line)
+            except ValidationError:
+                with self._log.open("ab") as log:
+                    log.write(line + b"\n")
+        return newest
+
+    def exit_code(self) -> int | None:
+        """Return the exit code, or nothing while the worker runs."""
+        return self._process.poll()
+
+    def last_words(self) -> str:
+        """Return the last line that this worker wrote on standard error."""
+        with self._log.open("rb") as log:
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - READ_BYTES))
+            lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")
+
+    def ask_to_end(self) -> None:
+        """Ask the worker's process group to end."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the worker's process group at once and release everything held for it."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self.close()
+
+    def end(self) -> None:
+        """End the worker: asked first, killed after a while; returns when it is gone."""
+        self.ask_to_end()
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.kill()
+
+    def close(self) -> None:
+        """Release the descriptors of a worker that has ended."""
+        self._stdout.close()
+        if self.ended >= 0:
+            os.close(self.ended)
+            self.ended = -1
+
+    def _lines(self) -> list[bytes]:
+        while True:
+            try:
+                data = os.read(self._stdout.fileno(), READ_BYTES)
+            except BlockingIOError:
+                break
+            if not data:
+                break
+            self._pending += data
+        *lines, self._pending = self._pending.split(b"\n")
+        return lines
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return
