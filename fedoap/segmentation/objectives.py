@@ -1,0 +1,40 @@
+"""What a training step makes small: BCE with logits plus soft Dice, and the pull towards shared twins.
+
+Shapes: B batch, one channel, then H W or D H W voxels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMOOTH = 1e-5
+
+
+def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return BCE(z, y) + 1 - (2 sum p y + smooth) / (sum p + sum y + smooth), mean over samples, float32.
+
+    The Dice term is that of each sample, p = sigmoid(z) (the loss of FedOAP, arXiv 2511.18847).
+
+    >>> round(float(segmentation_loss(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))), 4)
+    1.0265
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        z, y = logits.float().flatten(1), target.float().flatten(1)  # (B, voxels)
+        p = torch.sigmoid(z)
+        dice = (2 * (p * y).sum(1) + SMOOTH) / (p.sum(1) + y.sum(1) + SMOOTH)
+        return F.binary_cross_entropy_with_logits(z, y) + 1 - dice.mean()
+
+
+@torch.no_grad()
+def add_proximal_gradient(parameters: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> None:
+    """Add mu (w - w_shared), the gradient of mu/2 ||w - w_shared||^2, to the gradients that there are.
+
+    The term is that of Ditto (Li et al. 2021, eq. 2, arXiv:2012.04221) and FedProx (Li et al. 2020,
+    eq. 2, arXiv:1812.06127); here w are the personal parts alone, and w_shared are their shared twins
+    as the round began. A parameter without gradient took no part in the step and is left alone.
+    """
+    for w, w_shared in zip(parameters, anchors, strict=True):
+        if w.grad is not None:
+            w.grad.add_(w - w_shared, alpha=mu)
