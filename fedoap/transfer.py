@@ -1,0 +1,254 @@
+"""Blobs in motion: receiver, sender, fetcher, and who may upload now; no sockets, no files, no clock.
+
+A blob travels in its manifest's chunks, in order, at absolute offsets. Nothing here keeps a chunk: each
+is checked as it passes and written by whoever called, so memory does not grow with the model. A chunk
+that is lost, repeated or out of order costs time only.
+
+What is to come fits in at these places: durable resume is a `Receiver` that starts at a recorded offset
+(`at`, and the `FiniteScan` told the tail of the bytes before it); a seal is opened in `Receiver.take`
+before the hash is compared; a secure sum's masked integers are tensors of a dtype that `FiniteScan`
+passes over.
+"""
+
+import hashlib
+from bisect import bisect_right
+from itertools import groupby
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from fedoap.errors import RefusedError
+from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
+
+WINDOW_CHUNKS = 8
+"""Chunks that may be under way at a time, for each upload and each download."""
+QUIET_SECONDS = 10.0
+"""A download that stood still for so long is asked for again; the pause doubles up to a minute."""
+LONGEST_QUIET_SECONDS = 60.0
+
+Taken: TypeAlias = Literal["new", "repeated", "gap"]
+Range: TypeAlias = tuple[int, int]
+
+
+class FiniteScan:
+    """Looks for floats that are not finite in a blob whose bytes come by in order."""
+
+    __slots__ = ("_blob", "_carry", "_runs")
+
+    def __init__(self, blob: BlobManifest) -> None:
+        self._blob = blob
+        self._runs = _float_runs(blob)
+        self._carry = b""  # the start of an element that the next chunk completes
+
+    def first_bad(self, at: int, body: memoryview) -> str | None:
+        """Return the tensor that holds the first number that is not finite in the blob's next bytes."""
+        end = at + len(body)
+        first = bisect_right(self._runs, at, key=lambda run: run[1])
+        for start, stop, dtype in self._runs[first:]:
+            if start >= end:
+                break
+            low, high = max(start, at), min(stop, end)
+            bad = self._scan(low, body[low - at : high - at], dtype)
+            if bad is not None:
+                return self._name(bad)
+        return None
+
+    def _scan(self, low: int, piece: memoryview, dtype: Dtype) -> int | None:
+        start, item = low - len(self._carry), ITEM_BYTES[dtype]
+        joined = memoryview(b"".join([self._carry, piece])) if self._carry else piece
+        whole = len(joined) - len(joined) % item
+        self._carry = bytes(joined[whole:])
+        index = _first_not_finite(joined[:whole], dtype)
+        return None if index is None else start + index * item
+
+    def _name(self, byte: int) -> str:
+        return next(spec.name for spec, start in self._blob.offsets() if start <= byte < start + spec.size)
+
+
+class Receiver:
+    """Takes a blob in, chunk by chunk: `at` is the byte expected next, `upto` where its credit ends."""
+
+    __slots__ = ("_scan", "_window", "at", "blob", "upto")
+
+    def __init__(self, blob: BlobManifest, *, finite: bool = True, window_chunks: int = WINDOW_CHUNKS) -> None:
+        self.blob = blob
+        self.at = self.upto = 0
+        self._window = window_chunks * blob.chunk_bytes
+        self._scan = FiniteScan(blob) if finite else None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte has passed."""
+        return self.at == self.blob.size
+
+    def grant(self) -> int:
+        """Give credit for a window from here, and return where it ends."""
+        self.upto = min(self.blob.size, self.at + self._window)
+        return self.upto
+
+    def withdraw(self) -> None:
+        """Take back credit that was not used."""
+        self.upto = self.at
+
+    def take(self, at: int, body: memoryview) -> Taken:
+        """Return what the chunk is: the next one, which counts as received, or one that changes nothing.
+
+        Raises:
+            RefusedError: it lies beyond the credit, or has the wrong length, hash or content; nothing changes.
+        """
+        if at != self.at or self.is_complete:
+            return "gap" if at > self.at else "repeated"
+        size, digest = self.blob.chunk(at)
+        if at + size > self.upto:
+            raise RefusedError("malformed", f"chunk at byte {at} lies beyond the credit, which ends at {self.upto}")
+        if len(body) != size:
+            raise RefusedError("malformed", f"chunk at byte {at} has {len(body)} bytes, but must have {size}")
+        if hashlib.sha256(body).digest() != digest:
+            raise RefusedError("corrupt", f"chunk at byte {at} does not have the hash that the manifest names")
+        bad = self._scan.first_bad(at, body) if self._scan else None
+        if bad is not None:
+            raise RefusedError("not_finite", f"tensor {bad} holds a number that is not finite")
+        self.at += size
+        return "new"
+
+
+class Sender:
+    """Says which bytes of a blob to send now: from where it is told, as far as it has credit."""
+
+    __slots__ = ("_at", "_chunk", "_size", "_upto")
+
+    def __init__(self, blob: BlobManifest) -> None:
+        self._chunk, self._size = blob.chunk_bytes, blob.size
+        self._at = self._upto = -1
+
+    def go(self, at: int, upto: int) -> list[Range]:
+        """Return the chunks (offset, length) due when told to send from `at` up to `upto`."""
+        if at % self._chunk or not at <= upto <= self._size:
+            return []
+        self._at, self._upto = at, upto
+        return self._due()
+
+    def credit(self, upto: int) -> list[Range]:
+        """Return the chunks that more credit lets through; none before the first `go`."""
+        if self._at < 0 or upto > self._size:
+            return []
+        self._upto = max(self._upto, upto)
+        return self._due()
+
+    def pause(self) -> None:
+        """Forget the credit: the next `go` says where to start."""
+        self._at = self._upto = -1
+
+    def _due(self) -> list[Range]:
+        due = []
+        while self._at < self._upto:
+            size = min(self._chunk, self._size - self._at)
+            due.append((self._at, size))
+            self._at += size
+        return due
+
+
+class Fetcher:
+    """Downloads a blob: says which ranges to ask for, so that a window is always under way."""
+
+    __slots__ = ("_asked", "_heard", "_quiet", "_receiver", "_reported", "_step")
+
+    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = WINDOW_CHUNKS) -> None:
+        self._receiver = Receiver(blob, finite=False)  # the signed manifest's hash already fixes every bit
+        self._step = max(1, window_chunks // 2) * blob.chunk_bytes
+        self._asked, self._reported = 0, -1
+        self._heard, self._quiet = now, QUIET_SECONDS
+
+    @property
+    def blob(self) -> BlobManifest:
+        """What is being downloaded."""
+        return self._receiver.blob
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every byte has passed."""
+        return self._receiver.is_complete
+
+    def ask(self) -> list[Range]:
+        """Return the ranges [at, upto) to ask for now, perhaps none."""
+        ranges = []
+        while self._asked < self.blob.size and self._asked - self._receiver.at <= self._step:
+            upto = min(self.blob.size, self._asked + self._step)
+            ranges.append((self._asked, upto))
+            self._asked = self._receiver.upto = upto
+        return ranges
+
+    def take(self, at: int, body: memoryview, now: float) -> bool:
+        """Return whether the chunk is the next one and is to be written.
+
+        Raises:
+            RefusedError: it has the wrong length or hash.
+        """
+        taken = self._receiver.take(at, body)
+        if taken == "new":
+            self._heard = now
+        elif taken == "gap" and self._reported != self._receiver.at:
+            self._reported = self._receiver.at  # once a gap: the rest of the window is still on its way
+            self.restart(now)
+        return taken == "new"
+
+    def restart(self, now: float) -> None:
+        """Ask again from the first byte that is missing."""
+        self._asked, self._heard = self._receiver.at, now
+
+    def restart_if_quiet(self, now: float) -> None:
+        """Ask again if nothing came for a while; each time with more patience, as a slow link needs it."""
+        if now - self._heard >= self._quiet:
+            self._quiet = min(2 * self._quiet, LONGEST_QUIET_SECONDS)
+            self.restart(now)
+
+
+class Admission:
+    """Who may upload now: the first `at_once` in order of arrival; the others wait."""
+
+    __slots__ = ("_at_once", "_queue")
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        self._queue: list[str] = []
+
+    def enter(self, site: str) -> bool:
+        """Queue a site that is not yet there, and return whether it may upload."""
+        if site not in self._queue:
+            self._queue.append(site)
+        return site in self._queue[: self._at_once]
+
+    def leave(self, site: str) -> list[str]:
+        """Remove a site, and return those that may upload from now on because of it."""
+        before = self._queue[: self._at_once]
+        self._queue = [one for one in self._queue if one != site]
+        return [one for one in self._queue[: self._at_once] if one not in before]
+
+    @property
+    def crowded(self) -> bool:
+        """Whether somebody waits."""
+        return len(self._queue) > self._at_once
+
+
+def _float_runs(blob: BlobManifest) -> list[tuple[int, int, Dtype]]:
+    """Return (start, stop, dtype) of neighbouring float tensors of one dtype, joined: few, whatever their number."""
+    runs: list[tuple[int, int, Dtype]] = []
+    at = 0
+    for dtype, specs in groupby(blob.tensors, key=_dtype):
+        stop = at + sum(spec.size for spec in specs)
+        if dtype != "int64" and stop > at:
+            runs.append((at, stop, dtype))
+        at = stop
+    return runs
+
+
+def _dtype(spec: TensorSpec) -> Dtype:
+    return spec.dtype
+
+
+def _first_not_finite(piece: memoryview, dtype: Dtype) -> int | None:
+    if dtype == "float32":
+        finite = np.isfinite(np.frombuffer(piece, "<f4"))
+    else:
+        finite = (np.frombuffer(piece, "<u2") & 0x7F80) != 0x7F80  # an exponent of ones: infinite or NaN
+    return None if finite.all() else int(np.argmin(finite))
