@@ -1,0 +1,1 @@
+"""The torch code: network, data, objectives, training, evaluation."""
