@@ -38,6 +38,10 @@ class StorageError(FedoapError):
     """The disk refused: full, read-only, locked by another process."""
 
 
+class ProcessError(FedoapError):
+    """A process that was started here ended before its work was done."""
+
+
 class RefusedError(FedoapError):
     """The other side refused what was asked; `code` is its machine-readable reason."""
 

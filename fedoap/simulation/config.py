@@ -22,7 +22,7 @@ class SimulationConfig(Frozen):
 
     federation: FederationConfig
     sites: Annotated[dict[Name, SiteConfig], Field(min_length=1)]
-    unseen: dict[Name, SiteConfig] = {}
+    unseen: dict[Name, SiteConfig] = Field(default_factory=dict)
     """Sites that take no part; the shared model is evaluated on their test cases."""
     local_only: bool = True
     """Also train each site alone, with as many gradient steps, for comparison."""

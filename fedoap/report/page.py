@@ -1,0 +1,138 @@
+"""`results.json` and its pictures -> `report.html`, which needs nothing else to be read."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from fedoap.report.charts import Series, bars, curves
+from fedoap.report.results import EvaluationFile, Exchange, Results, Share, read_results
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One case's PNG, ready to stand in a page, and what is said below it."""
+
+    source: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """One SVG and its title."""
+
+    title: str
+    svg: str
+
+
+def write_report(results_json: Path, page: Path) -> None:
+    """Leave the page of a simulation; pictures are taken from `evaluation/` beside the results, if there is one.
+
+    Raises:
+        ConfigError: there are no results, or they have another form.
+    """
+    results = read_results(results_json)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedoap.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {"score": _score, "signed": _signed, "duration": _duration, "megabytes": _megabytes}
+    html = environment.get_template("report.html.j2").render(
+        results=results,
+        charts=_charts(results),
+        galleries={
+            name: _gallery(results_json.parent / "evaluation", name) for name in [*results.sites, *results.unseen]
+        },
+        sent={name: _total_bytes(results, name) for name in results.sites},
+        configuration=results.plan.model_dump(mode="json"),
+    )
+    page.write_text(html, encoding="utf-8")
+
+
+def _charts(results: Results) -> list[Chart]:
+    alone = {name: site.dice_local for name, site in results.sites.items() if site.dice_local is not None}
+    seconds: Series = {
+        kind: _seconds(results, kinds) for kind, kinds in (("bank", ("seed", "bank")), ("training", ("train",)))
+    }
+    megabytes: Series = {name: _bytes(results, name) for name in results.sites}
+    dice = _by_site(results, "dice_validation")
+    return (
+        [
+            Chart("Validation Dice after each round", curves(dice, "Dice", top=1)),
+            Chart("Training loss", curves(_by_site(results, "loss"), "loss")),
+            Chart("Seconds of each round", bars({k: v for k, v in seconds.items() if v}, "seconds")),
+            Chart("Sent by each site", bars(megabytes, "MB")),
+        ]
+        if alone or dice
+        else []
+    )
+
+
+def _by_site(results: Results, metric: str) -> dict[str, list[tuple[float, float]]]:
+    return {
+        name: [
+            (each.round, share.metrics[metric])
+            for each, share in _shares(results, name)
+            if each.kind == "train" and metric in share.metrics
+        ]
+        for name in results.sites
+    }
+
+
+def _shares(results: Results, site: str) -> list[tuple[Exchange, Share]]:
+    return [(each, each.sites[site]) for each in results.exchanges if each.outcome == "done" and site in each.sites]
+
+
+def _seconds(results: Results, kinds: tuple[str, ...]) -> list[tuple[float, float]]:
+    return _summed(results, lambda each: each.seconds or 0.0 if each.kind in kinds else 0.0)
+
+
+def _bytes(results: Results, site: str) -> list[tuple[float, float]]:
+    return _summed(results, lambda each: each.sites[site].bytes / 1e6 if site in each.sites else 0.0)
+
+
+def _summed(results: Results, amount: Callable[[Exchange], float]) -> list[tuple[float, float]]:
+    totals: dict[float, float] = {}
+    for each in results.exchanges:
+        if value := amount(each):
+            totals[each.round] = totals.get(each.round, 0.0) + value
+    return sorted(totals.items())
+
+
+def _total_bytes(results: Results, site: str) -> int:
+    return sum(each.sites[site].bytes for each in results.exchanges if site in each.sites)
+
+
+def _gallery(folder: Path, site: str) -> list[Picture]:
+    figures = folder / f"{site}.json"
+    if not figures.exists():
+        return []
+    cases = EvaluationFile.model_validate_json(figures.read_bytes()).cases
+    pictures = sorted((folder / site).glob("*.png"))
+    shown = [(cases[int(path.stem)], path) for path in pictures]
+    shown.sort(key=lambda pair: pair[0].dice or 0.0)
+    return [Picture(_inline(path), f"{case.name}: Dice {_score(case.dice)}") for case, path in shown]
+
+
+def _inline(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _score(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
