@@ -1,0 +1,155 @@
+"""A site's model: the shared network, complete by itself, and the personal one that leans on it.
+
+Both are `FedOAPNet`s. The personal one holds the very same Parameter objects as the shared one, except
+where the strategy makes a part personal: there it has its own, which start as copies of their shared
+twins. In the shared network bottleneck_kv serves as bottleneck_q as well, so the personal bottleneck_q
+starts from bottleneck_kv. A step on the personal path trains the common and the personal parameters, a
+step on the shared path the shared network alone; it is what runs where no site ever trained.
+
+Shared parameters go by their plain names, and these travel. Personal ones go by names that start with
+`personal.`, and stay.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedoap.config import Plan
+from fedoap.errors import ConfigError, TensorsError
+from fedoap.params import PERSONAL_PREFIX, check_matches, is_personal
+from fedoap.segmentation.network import Bank, FedOAPNet
+from fedoap.strategies import personal_parts
+
+State: TypeAlias = dict[str, NDArray[np.float32]]
+Path: TypeAlias = Literal["personal", "shared"]
+
+_QUERY_BRANCH = "bottleneck_q.block.conv1.weight"
+
+
+class SiteModel(nn.Module):
+    """The shared and the personal network of one site; the weights depend on the plan alone.
+
+    Raises:
+        ConfigError: the strategy is unknown, or one of its parts is not in the plan's network.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        _check_bottleneck(plan)
+        parts = personal_parts(plan.strategy)
+        self.shared = FedOAPNet(plan.network, seed=plan.seed, tied=True)
+        # a second bottleneck makes sense only where the site has weights of its own to put into it
+        self.personal = FedOAPNet(plan.network, seed=plan.seed, tied=not is_personal(_QUERY_BRANCH, parts))
+        if plan.strategy.personal is not None:
+            check_matches(_names(self.personal), parts)
+        self._twins = self._tie(parts)
+        self.reset_personal()
+
+    def forward(self, image: Tensor, bank: Bank | None = None, *, path: Path = "personal") -> Tensor:
+        """Return the logits (B, 1, *S) of one of the two networks."""
+        network = self.personal if path == "personal" else self.shared
+        logits: Tensor = network(image, bank)
+        return logits
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the shared network consists of, by plain name, sorted."""
+        return dict(sorted(self.shared.named_parameters()))
+
+    def personal_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the site's own parameters, by name with prefix, sorted."""
+        return {name: own for name, own, _ in self.twins()}
+
+    def twins(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Yield each personal parameter's name with prefix, itself and its shared twin."""
+        shared = self.shared_parameters()
+        own = dict(self.personal.named_parameters())
+        for name, twin in self._twins.items():
+            yield PERSONAL_PREFIX + name, own[name], shared[twin]
+
+    def shared_state(self) -> State:
+        """Return a copy of the shared weights: complete without any personal part."""
+        return {name: _array(parameter) for name, parameter in self.shared_parameters().items()}
+
+    def load_shared(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Take over shared weights; personal ones stay as they are.
+
+        Raises:
+            TensorsError: names, shapes or dtypes are not those of `shared_state`; nothing was changed.
+        """
+        _load("shared weights", self.shared_parameters(), state)
+
+    def personal_state(self) -> State:
+        """Return a copy of the personal weights, by name with prefix."""
+        return {name: _array(parameter) for name, parameter in self.personal_parameters().items()}
+
+    def load_personal(self, state: Mapping[str, NDArray[np.generic]]) -> None:
+        """Take over personal weights.
+
+        Raises:
+            TensorsError: names, shapes or dtypes are not those of `personal_state`; nothing was changed.
+        """
+        _load("personal weights", self.personal_parameters(), state)
+
+    @torch.no_grad()
+    def reset_personal(self) -> None:
+        """Set every personal parameter to its shared twin's value: where a new site starts."""
+        for _, own, twin in self.twins():
+            own.copy_(twin)
+
+    def _tie(self, parts: tuple[str, ...]) -> dict[str, str]:
+        """Put the shared Parameter objects into the personal network; return personal name -> shared twin's."""
+        shared = dict(self.shared.named_parameters())
+        twins = {}
+        for name in sorted(_names(self.personal)):
+            twin = name if name in shared else name.replace("bottleneck_q.", "bottleneck_kv.", 1)
+            if is_personal(name, parts):
+                twins[name] = twin
+            else:
+                module, _, leaf = name.rpartition(".")
+                self.personal.get_submodule(module).register_parameter(leaf, shared[twin])
+        return twins
+
+
+def _names(network: FedOAPNet) -> list[str]:
+    return [name for name, _ in network.named_parameters()]
+
+
+def _array(parameter: nn.Parameter) -> NDArray[np.float32]:
+    return np.array(parameter.detach().cpu().numpy(), dtype=np.float32)
+
+
+@torch.no_grad()
+def _load(what: str, parameters: Mapping[str, nn.Parameter], state: Mapping[str, NDArray[np.generic]]) -> None:
+    for name in state:
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            raise TensorsError(f"{what}: unknown tensor {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    for name, parameter in parameters.items():
+        _check(what, name, parameter, state)
+    for name, parameter in parameters.items():
+        parameter.copy_(torch.tensor(state[name]))
+
+
+def _check(what: str, name: str, parameter: nn.Parameter, state: Mapping[str, NDArray[np.generic]]) -> None:
+    if name not in state:
+        raise TensorsError(f"{what}: tensor {name} is missing")
+    array, shape = state[name], tuple(parameter.shape)
+    if array.shape != shape:
+        raise TensorsError(f"{what}: tensor {name} has shape {array.shape}, but the network's has {shape}")
+    if array.dtype != np.float32:
+        raise TensorsError(f"{what}: tensor {name} is {array.dtype}, but must be float32")
+
+
+def _check_bottleneck(plan: Plan) -> None:
+    """Refuse an input so small that one voxel is left, which an instance norm would always set to 0."""
+    step = 2**plan.network.depth
+    if all(size == step for size in plan.data.size):
+        raise ConfigError(
+            f"data.size is {plan.data.size}, but network.depth = {plan.network.depth} leaves one voxel of it; "
+            f"double a number or lower the depth"
+        )
