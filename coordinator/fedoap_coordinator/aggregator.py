@@ -1,0 +1,118 @@
+"""The one process that does arithmetic on the sites' updates: `python -m fedoap_coordinator.aggregator JOB.json`.
+
+It reads a `MergeJob`, leaves durable blob files and, last and atomically, a `MergeResult` in
+`job.output`. It holds no socket, no key and no ledger; the daemon takes its files over. Exit code 0
+means that the result is there; 2 that the last line of standard error says what is wrong.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedoap.aggregation import convert, merge_models
+from fedoap.bank import merge_bank
+from fedoap.config import BlobFiles, Frozen, Plan
+from fedoap.errors import FedoapError, StorageError
+from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
+
+RESULT = "result.json"
+BLOB = "result.blob"
+MASTER = "master.blob"
+
+
+class MergeUpdate(Frozen):
+    """One site's upload: where its tensors lie, and the packed `UploadManifest` as hexadecimal digits."""
+
+    blob: Path
+    upload: str
+
+
+class MergeBase(Frozen):
+    """A blob that the result is made from; `manifest` is a file as the store writes it."""
+
+    files: BlobFiles
+
+    @property
+    def pair(self) -> tuple[Path, BlobManifest]:
+        """Return path and manifest."""
+        return self.files.blob, BlobManifest.unpack(self.files.manifest.read_bytes())
+
+
+class MergeJob(Frozen):
+    """What is to be merged; all paths are absolute."""
+
+    kind: TaskKind
+    plan: Plan
+    updates: tuple[MergeUpdate, ...]
+    model: MergeBase | None = None
+    """The float32 weights that the sites started from."""
+    bank: MergeBase | None = None
+    output: Path
+
+
+class MergeResult(Frozen):
+    """Packed manifests, as hexadecimal digits, of what lies in the output folder."""
+
+    blob: str
+    master: str = ""
+    """Of the float32 original, where the blob is rounded to the wire's dtype."""
+
+
+def merge(job: MergeJob) -> MergeResult:
+    """Write the result's blobs into the job's folder and return their manifests.
+
+    Raises:
+        FedoapError: an update cannot be merged.
+    """
+    updates = [(one.blob, UploadManifest.unpack(bytes.fromhex(one.upload))) for one in job.updates]
+    blob, master = job.output / BLOB, job.output / MASTER
+    match job.kind:
+        case "seed" | "bank":
+            bank = merge_bank(job.kind, updates, job.bank.pair if job.bank else None, job.plan, blob)
+            return MergeResult(blob=bank.pack().hex())
+        case "init":
+            (source, first), *_ = updates
+            blob.hardlink_to(source)
+            if job.plan.wire.dtype == "float32":
+                return MergeResult(blob=first.blob.pack().hex())
+            exact = convert(source, first.blob, master, "float32")
+            return MergeResult(blob=first.blob.pack().hex(), master=exact.pack().hex())
+        case "train" if job.model:
+            if job.plan.wire.dtype == "float32":
+                return MergeResult(blob=merge_models(updates, job.model.pair, job.plan.strategy, blob).pack().hex())
+            exact = merge_models(updates, job.model.pair, job.plan.strategy, master)
+            rounded = convert(master, exact, blob, job.plan.wire.dtype)
+            return MergeResult(blob=rounded.pack().hex(), master=exact.pack().hex())
+        case _:
+            raise StorageError(f"aggregation: {job.kind} without a model makes no result")
+
+
+def main(path: Path) -> None:
+    """Do the job that the file describes; its result is durable when this returns."""
+    job = MergeJob.model_validate_json(path.read_bytes())
+    result = merge(job)
+    for name in (BLOB, MASTER):
+        _sync(job.output / name)
+    draft = job.output / f".{RESULT}"
+    draft.write_text(result.model_dump_json())
+    _sync(draft)
+    draft.replace(job.output / RESULT)
+
+
+def _sync(path: Path) -> None:
+    if path.exists():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except (FedoapError, OSError, ValidationError) as error:
+        sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        sys.exit(2)

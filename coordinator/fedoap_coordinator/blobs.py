@@ -1,0 +1,158 @@
+"""Blobs and parts on disk.
+
+A part is preallocated when it is opened, so that a full disk is known before a byte is accepted. It
+becomes a blob in this order: data to disk, manifest beside, rename, folder to disk. A crash between
+any two steps leaves either a part (deleted at the next start) or a blob that no row names (deleted
+by `keep_only`). A refusal for want of space is a value; any other error of the disk ends the daemon,
+because after a failed fsync nobody knows what is on the disk.
+"""
+
+import errno
+import os
+from pathlib import Path
+from typing import Literal
+
+from fedoap.config import BlobFiles
+from fedoap.errors import StorageError
+from fedoap.identity import sync_folder
+from fedoap.tensors import BlobManifest
+
+RESERVE_BYTES = 64 << 20
+"""Free space that no upload may take, so that the ledger and the log can still be written."""
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+Trouble = tuple[Literal["no_space", "corrupt"], str]
+
+
+class Blobs:
+    """The folders `blobs` and `parts` of a state folder; parts left by an earlier run are gone."""
+
+    def __init__(self, state: Path, reserve_bytes: int = RESERVE_BYTES) -> None:
+        self._blobs, self._parts = state / "blobs", state / "parts"
+        self._reserve = reserve_bytes
+        self._open: dict[bytes, int] = {}
+        for folder in (self._blobs, self._parts):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        for leftover in self._parts.iterdir():
+            leftover.unlink()
+
+    def files(self, blob: bytes) -> BlobFiles:
+        """Return where a blob and its manifest lie."""
+        return BlobFiles(blob=self._blobs / blob.hex(), manifest=self._blobs / f"{blob.hex()}.manifest")
+
+    def master(self, blob: bytes) -> BlobFiles:
+        """Return where the float32 original of a rounded blob lies."""
+        return BlobFiles(
+            blob=self._blobs / f"{blob.hex()}.master", manifest=self._blobs / f"{blob.hex()}.master.manifest"
+        )
+
+    def open_part(self, part: bytes, size: int) -> Trouble | None:
+        """Make room for a part, empty whatever was there before, or say why not."""
+        self.drop_part(part)
+        try:
+            descriptor = self._open[part] = os.open(self._path(part), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            if size:
+                os.posix_fallocate(descriptor, 0, size)
+            free = os.fstatvfs(descriptor)
+        except OSError as error:
+            return self._trouble(part, error)
+        return self._no_space(part) if free.f_bavail * free.f_frsize < self._reserve else None
+
+    def write_part(self, part: bytes, at: int, data: bytes | memoryview) -> Trouble | None:
+        """Write bytes at their offset, or say why not."""
+        descriptor = self._open.get(part)
+        if descriptor is None:
+            return "corrupt", "the upload is not open; offer it again"
+        try:
+            while data:
+                written = os.pwrite(descriptor, data, at)
+                data, at = memoryview(data)[written:], at + written
+        except OSError as error:
+            return self._trouble(part, error)
+        return None
+
+    def finish_part(self, part: bytes, manifest: BlobManifest) -> Trouble | None:
+        """Make a complete part a durable blob of the manifest's name, or say why not."""
+        descriptor = self._open.pop(part, None)
+        if descriptor is None:
+            return "corrupt", "the upload is not open; offer it again"
+        try:
+            size = os.fstat(descriptor).st_size
+            os.fdatasync(descriptor)
+        except OSError as error:
+            raise self._fatal(self._path(part), error) from None
+        finally:
+            os.close(descriptor)
+        if size != manifest.size:
+            self._path(part).unlink()
+            return "corrupt", f"the upload has {size} bytes, but its manifest says {manifest.size}"
+        self.adopt(self._path(part), manifest, self.files(manifest.id))
+        return None
+
+    def drop_part(self, part: bytes) -> None:
+        """Forget a part; there need not be one."""
+        descriptor = self._open.pop(part, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        self._path(part).unlink(missing_ok=True)
+
+    def adopt(self, source: Path, manifest: BlobManifest, target: BlobFiles) -> None:
+        """Move a durable file to its place, its manifest beside it; both are there after a crash, or no blob is."""
+        draft = self._parts / f"{target.manifest.name}.draft"
+        try:
+            with draft.open("wb") as file:
+                file.write(manifest.pack())
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(target.manifest)
+            source.replace(target.blob)
+            sync_folder(self._blobs)
+        except OSError as error:
+            raise self._fatal(target.blob, error) from None
+
+    def has(self, blob: bytes) -> bool:
+        """Return whether the blob is here."""
+        return self.files(blob).blob.exists()
+
+    def read(self, blob: bytes, at: int, size: int) -> bytes | None:
+        """Return bytes [at, at + size) of a blob, or nothing where it is gone."""
+        try:
+            descriptor = os.open(self.files(blob).blob, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.pread(descriptor, size, at)
+        finally:
+            os.close(descriptor)
+
+    def keep_only(self, needed: frozenset[bytes]) -> int:
+        """Delete every blob but these, and return how many bytes that freed."""
+        freed = 0
+        names = {blob.hex() for blob in needed}
+        for path in self._blobs.iterdir():
+            if path.name.partition(".")[0] not in names:
+                freed += path.stat().st_size
+                path.unlink()
+        return freed
+
+    def close(self) -> None:
+        """Let go of all parts; their files stay until the next start."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _path(self, part: bytes) -> Path:
+        return self._parts / part.hex()
+
+    def _trouble(self, part: bytes, error: OSError) -> Trouble:
+        if error.errno not in NO_SPACE:
+            raise self._fatal(self._path(part), error) from None
+        return self._no_space(part)
+
+    def _no_space(self, part: bytes) -> Trouble:
+        self.drop_part(part)
+        return "no_space", "the coordinator's disk is full: when its operator has made room, offer the upload again"
+
+    def _fatal(self, path: Path, error: OSError) -> StorageError:
+        return StorageError(
+            f"{path}: disk failed: {error.strerror}; what it holds is not known, so the coordinator ends"
+        )

@@ -1,0 +1,122 @@
+"""What the coordinator remembers: ledger and blobs, written in an order that survives a crash at any point.
+
+An upload: part on disk, blob and manifest renamed into place, row; only then may the site be told. A
+result: durable files of the aggregation process renamed into place, row of the published blob, row of
+the closed exchange, deletion of what nobody needs any more. Whatever a crash leaves half done is either
+done again by the protocol (its row is missing) or deleted at the next start (no row names it).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedoap.config import BlobFiles
+from fedoap.errors import StorageError
+from fedoap.protocol.events import (
+    FinishPart,
+    OpenPart,
+    RecordClosed,
+    RecordOpened,
+    Stored,
+    StoreFailed,
+    Update,
+    WritePart,
+)
+from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, replay
+from fedoap.tensors import BlobManifest
+from fedoap_coordinator.blobs import Blobs, Trouble
+from fedoap_coordinator.ledger import Ledger, TaskRow
+
+KEPT_RESULTS = 2
+"""So many models and banks are kept: the current one, and the one that a site may still be fetching."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A durable result that is not yet in its place; `master` is its float32 original if it was rounded."""
+
+    manifest: BlobManifest
+    source: Path
+    master: tuple[Path, BlobManifest] | None = None
+
+
+class Store:
+    """The one writer of a state folder's exchanges; `clock` gives Unix time in seconds."""
+
+    def __init__(self, ledger: Ledger, blobs: Blobs, clock: Callable[[], float]) -> None:
+        self.ledger, self.blobs, self._clock = ledger, blobs, clock
+        for blob in self._needed():
+            if not blobs.has(blob):
+                raise StorageError(f"{blobs.files(blob).blob}: blob is missing, but the ledger needs it")
+        blobs.keep_only(self._needed())
+
+    def history(self) -> History:
+        """Return what was durable when the last coordinator ended."""
+        return replay(self._records())
+
+    def open_part(self, effect: OpenPart) -> StoreFailed | None:
+        """Make room for an upload, or say why not."""
+        return _failed(effect.part, self.blobs.open_part(effect.part, effect.size))
+
+    def write_part(self, effect: WritePart) -> StoreFailed | None:
+        """Write a chunk, or say why not."""
+        return _failed(effect.part, self.blobs.write_part(effect.part, effect.at, effect.data))
+
+    def finish_part(self, effect: FinishPart) -> Stored | StoreFailed:
+        """Make an upload durable and record it, or say why not."""
+        assert effect.upload is not None, "a coordinator stores uploads only"
+        trouble = self.blobs.finish_part(effect.part, effect.blob)
+        if trouble:
+            return StoreFailed(effect.part, *trouble)
+        self.ledger.add_update(effect.part, effect.site, effect.upload, effect.signature, self._clock())
+        return Stored(effect.part)
+
+    def record_opened(self, effect: RecordOpened) -> None:
+        """Write down that a task is announced."""
+        self.ledger.open_task(effect.task, effect.packed, effect.signature, self._clock())
+
+    def record_closed(self, effect: RecordClosed) -> None:
+        """Write down how a task ended, and delete what is of no more use."""
+        self.ledger.close_task(effect, self._clock())
+        self.blobs.keep_only(self._needed())
+
+    def publish(self, made: Made) -> None:
+        """Take a result over: from now on sites may fetch it."""
+        blob = made.manifest.id
+        if made.master:
+            self.blobs.adopt(*made.master, self.blobs.master(blob))
+        self.blobs.adopt(made.source, made.manifest, self.blobs.files(blob))
+        self.ledger.publish(made.manifest, self._clock())
+
+    def files(self, manifest: BlobManifest, *, exact: bool = False) -> BlobFiles:
+        """Return where a blob lies, or with `exact` its float32 original where it was rounded."""
+        master = self.blobs.master(manifest.id)
+        return master if exact and master.blob.exists() else self.blobs.files(manifest.id)
+
+    def _records(self) -> Iterator[Record]:
+        for row in self.ledger.tasks():
+            yield RecordOpened(row.task, row.manifest, row.packed, row.signature)
+            updates = self.ledger.updates(row.task)
+            for one in updates:
+                yield Update(one.site, one.upload, one.manifest)
+            if row.outcome:
+                counted = tuple(one.upload for one in updates if one.counted)
+                result = self.ledger.published(row.result) if row.result else None
+                yield RecordClosed(row.task, row.outcome, counted, result, row.reason)
+
+    def _needed(self) -> frozenset[bytes]:
+        tasks = self.ledger.tasks()
+        needed = {blob for kinds in (MODEL_KINDS, BANK_KINDS) for blob in _results(tasks, kinds)[-KEPT_RESULTS:]}
+        for row in tasks[-1:]:
+            if not row.outcome:
+                needed |= {blob.id for blob in row.manifest.blobs}
+                needed |= {update.manifest.blob.id for update in self.ledger.updates(row.task)}
+        return frozenset(needed)
+
+
+def _results(tasks: tuple[TaskRow, ...], kinds: frozenset[str]) -> list[bytes]:
+    return [row.result for row in tasks if row.result and row.manifest.kind in kinds]
+
+
+def _failed(part: bytes, trouble: Trouble | None) -> StoreFailed | None:
+    return StoreFailed(part, *trouble) if trouble else None
