@@ -3,6 +3,7 @@
 import datetime as dt
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -19,19 +20,26 @@ class Journal:
         rotate(path)
         self._file = path.open("a", encoding="utf-8")
 
-    def note(self, event: str, text: str = "", *, level: Level = "info", **fields: Field) -> None:
-        """Record an event; the console shows `text`, or the event's name and fields where there is none."""
-        now = dt.datetime.now(dt.UTC)
-        row = {"time": now.isoformat(timespec="milliseconds"), "level": level, "event": event, **fields}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        shown = text or " ".join([event.replace("_", " "), *(f"{key}={value}" for key, value in fields.items())])
-        self._console.write(f"{now.astimezone():%H:%M:%S} {self._site}: {shown}\n")
-        self._console.flush()
+    def note(self, event: str, text: str, *, level: Level = "info", **fields: Field) -> None:
+        """Log an event with its fields; the console shows the text alone."""
+        self._write(event, text, level, fields)
+
+    def record(self, event: str, level: Level, fields: Mapping[str, Field]) -> None:
+        """Log an event with its fields; the console shows both."""
+        shown = " ".join([event.replace("_", " "), *(f"{key}={value}" for key, value in fields.items())])
+        self._write(event, shown, level, fields)
 
     def close(self) -> None:
         """Close the log."""
         self._file.close()
+
+    def _write(self, event: str, text: str, level: Level, fields: Mapping[str, Field]) -> None:
+        now = dt.datetime.now(dt.UTC)
+        row = {"time": now.isoformat(timespec="milliseconds"), "level": level, "event": event, **fields}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._console.write(f"{now.astimezone():%H:%M:%S} {self._site}: {text}\n")
+        self._console.flush()
 
 
 def rotate(path: Path) -> None:

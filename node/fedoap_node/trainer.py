@@ -63,13 +63,12 @@ class Trainer:
         assert self._process.stdout is not None
         self._stdout: IO[bytes] = self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
-        self.ended = os.pidfd_open(self._process.pid)
-        """Descriptor that becomes readable when the worker has ended."""
+        self._talks = True
+        self._ended = os.pidfd_open(self._process.pid)
 
-    @property
-    def stdout(self) -> int:
-        """Descriptor of the worker's standard output."""
-        return self._stdout.fileno()
+    def descriptors(self) -> list[int]:
+        """Return what becomes readable when the worker has said something or ended."""
+        return [self._ended, *([self._stdout.fileno()] if self._talks else [])]
 
     def progress(self) -> JobProgress | None:
         """Return the newest progress that has arrived since the last call; other lines go to its log."""
@@ -114,9 +113,9 @@ class Trainer:
     def close(self) -> None:
         """Release the descriptors of a worker that has ended."""
         self._stdout.close()
-        if self.ended >= 0:
-            os.close(self.ended)
-            self.ended = -1
+        if self._ended >= 0:
+            os.close(self._ended)
+            self._ended = -1
 
     def _lines(self) -> list[bytes]:
         while True:
@@ -125,6 +124,7 @@ class Trainer:
             except BlockingIOError:
                 break
             if not data:
+                self._talks = False
                 break
             self._pending += data
         *lines, self._pending = self._pending.split(b"\n")

@@ -1,0 +1,170 @@
+"""`fedoap-node`: run a site's daemon, join a federation, say how a site stands."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import cast
+
+import click
+from pydantic import ValidationError
+
+import fedoap
+from fedoap.config import Modality, ModelRecord, SiteConfig, load_site
+from fedoap.errors import ConfigError, FedoapError, StorageError
+from fedoap.identity import fingerprint
+from fedoap.sitefolder import SiteFolder, find_site
+from fedoap_node.daemon import Node
+from fedoap_node.join import join
+from fedoap_node.journal import Journal
+from fedoap_node.membership import Membership
+from fedoap_node.state import SiteState, lock_state
+
+HOME_HELP = "Folder that holds the sites' folders; else $FEDOAP_HOME, ./.fedoap or the user's data folder."
+home_option = click.option("--home", type=click.Path(file_okay=False, path_type=Path), help=HOME_HELP)
+site_option = click.option("--site", help="The site's name.")
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@site_option
+@home_option
+@click.option("--exit-when-finished", is_flag=True, help="End when the federation has finished or stopped.")
+@click.version_option(fedoap.__version__, prog_name="fedoap-node")
+@click.pass_context
+def cli(context: click.Context, site: str | None, home: Path | None, exit_when_finished: bool) -> None:
+    r"""Keep a hospital's part in a federation: dial out, train here, send shared weights only.
+
+    \b
+    Example:
+      fedoap-node join fedoap1-... --data datalist.json --modality ct
+      fedoap-node --site hospital_a
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if site is None:
+        raise click.UsageError("name the site: fedoap-node --site hospital_a")
+    serve(find_site(site, home), exit_when_finished)
+
+
+@cli.command("join")
+@click.argument("token")
+@home_option
+@click.option(
+    "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The site's datalist (JSON)."
+)
+@click.option("--modality", type=click.Choice(["mr", "ct", "ultrasound", "photo"]), default="mr", show_default=True)
+def join_command(token: str, home: Path | None, data: Path | None, modality: str) -> None:
+    r"""Join a federation with the one-time TOKEN that its operator sent.
+
+    \b
+    Example:
+      fedoap-node join fedoap1-AbC... --data /data/liver/datalist.json --modality ct
+    """
+    home = home or context.find_root().params["home"]
+    joined = join(token, home, data, cast(Modality, modality))
+    name = joined.folder.name
+    click.echo(f"{name} has joined {joined.federation}")
+    click.echo(f"  this site's key      {joined.site_fingerprint}")
+    click.echo(f"  the federation's key {joined.federation_fingerprint}")
+    click.echo("  compare both with the operator: `fedoap-coordinator sites` shows the same")
+    click.echo(f"  folder               {joined.folder.path}")
+    todo = "" if data else f"name the data in {joined.folder.config}, then "
+    click.echo(f"Next: {todo}fedoap-node --site {name}" + (f" --home {home}" if home else ""))
+
+
+@cli.command("status")
+@site_option
+@home_option
+@click.pass_context
+def status_command(context: click.Context, site: str | None, home: Path | None) -> None:
+    """Say how a site stands: whether its node runs, what it did last, which model it has."""
+    before = context.find_root().params  # `fedoap-node --site S status` is as good as `fedoap-node status --site S`
+    site, home = site or before["site"], home or before["home"]
+    if site is None:
+        raise click.UsageError("name the site: fedoap-node status --site hospital_a")
+    folder = find_site(site, home)
+    member = Membership.read(folder)
+    click.echo(f"site        {member.site}  key {fingerprint(member.signing.public)}")
+    click.echo(f"federation  {member.federation}  key {fingerprint(member.federation_key)}  at {member.endpoint}")
+    click.echo(f"folder      {folder.path}")
+    click.echo(f"node        {_runs(folder)}")
+    click.echo(f"last event  {_last_event(folder)}")
+    click.echo(f"model       {_model(folder)}")
+
+
+def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
+    """Run the site's daemon; return when it has ended in good order.
+
+    Raises:
+        FedoapError: something that the site's operator can set right.
+    """
+    os.umask(0o077)
+    config = load_site(folder.config)
+    _check(config, folder)
+    member = Membership.read(folder)
+    state = SiteState(folder)
+    journal = Journal(folder.log, member.site)
+    journal.note("started", f"fedoap-node {fedoap.__version__} for {member.federation}", software=fedoap.__version__)
+    try:
+        ended = Node(member, state, config, journal).run(exit_when_finished=exit_when_finished)
+        journal.note("ended", f"ended: {ended}")
+    except FedoapError as error:
+        journal.note("ended", "ended by an error", level="error", reason=str(error))
+        raise
+    finally:
+        journal.close()
+
+
+def main() -> None:
+    """Run the command line; errors that a user can set right are one line and exit code 2."""
+    try:
+        cli.main(prog_name="fedoap-node", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except FedoapError as error:
+        click.echo(f"fedoap-node: {error}", err=True)
+        sys.exit(2)
+
+
+def _check(config: SiteConfig, folder: SiteFolder) -> None:
+    if config.data is None:
+        raise ConfigError(f"{folder.config}: section [data] is missing; name the site's datalist there")
+    if not config.data.datalist.is_file():
+        raise ConfigError(f"{folder.config}: data.datalist is {config.data.datalist}, but there is no such file")
+    if config.worker.command is None and importlib.util.find_spec("torch") is None:
+        raise ConfigError("torch is not installed, but training needs it: pip install 'fedoap[node]'")
+
+
+def _runs(folder: SiteFolder) -> str:
+    try:
+        os.close(lock_state(folder))
+    except StorageError as error:
+        return f"runs, process {str(error).rpartition(' ')[2]}"
+    return "does not run"
+
+
+def _last_event(folder: SiteFolder) -> str:
+    try:
+        with folder.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+            row = json.loads(log.read().splitlines()[-1])
+    except (OSError, IndexError, ValueError):
+        return "none"
+    rest = " ".join(f"{key}={value}" for key, value in row.items() if key not in ("time", "level", "event"))
+    return f"{row['time']} {row['event']} {rest}".rstrip()
+
+
+def _model(folder: SiteFolder) -> str:
+    try:
+        record = ModelRecord.model_validate_json(folder.model_record.read_bytes())
+    except (OSError, ValidationError):
+        return "none yet"
+    return f"of round {record.round}, {folder.model_record}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The node's loop: wait, hear, let the machine decide, do what it says. No decision lives here."""
+
+import signal
+import socket
+import time
+from collections import deque
+from types import FrameType
+from typing import Literal, assert_never
+
+import zmq
+
+import fedoap
+from fedoap.config import SiteConfig
+from fedoap.errors import MessageError, RefusedError, StorageError
+from fedoap.messages import Chunk
+from fedoap.protocol.events import (
+    Answered,
+    BlobFailed,
+    BlobStored,
+    Committed,
+    Connected,
+    Disconnected,
+    DropPart,
+    FinishPart,
+    Learned,
+    Leave,
+    Note,
+    OpenPart,
+    Say,
+    SayChunk,
+    SiteEffect,
+    SiteEvent,
+    StartWork,
+    Stopping,
+    StopWork,
+    Tick,
+    WritePart,
+)
+from fedoap.protocol.site import Site
+from fedoap_node.journal import Journal
+from fedoap_node.link import Address, Link, News
+from fedoap_node.membership import Membership
+from fedoap_node.state import SiteState
+from fedoap_node.work import Work
+
+TICK_MS = 200
+LINGER_MS = 500
+LONGEST_REMINDER_SECONDS = 300.0
+WARNINGS = ("refused", "disk", "stopped", "failed")
+
+
+class Node:
+    """One site's daemon. Call `run` once."""
+
+    def __init__(self, member: Membership, state: SiteState, config: SiteConfig, journal: Journal) -> None:
+        self._member, self._state, self._journal = member, state, journal
+        self._site = Site(
+            member.federation,
+            member.site,
+            member.federation_key,
+            member.signing.secret,
+            member.curve.public,
+            have=state.blobs.stored(),
+            software=f"fedoap {fedoap.__version__}",
+        )
+        self._work = Work(state, config, journal)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._link = Link(self._context, Address(member.endpoint, member.server_key), member.curve)
+        self._outbox: deque[Say | SayChunk] = deque()
+        self._left: Leave | None = None
+        self._stopping = False
+        self._quiet_until, self._reminder_seconds = 0.0, 5.0
+        self._wake, self._woken = socket.socketpair()
+
+    def run(self, *, exit_when_finished: bool) -> Literal["finished", "stopped", "asked"]:
+        """Serve until asked to end, or until the federation has ended if so told; return which it was.
+
+        Raises:
+            RefusedError: the coordinator refuses this site for good.
+        """
+        self._catch_signals()
+        try:
+            while not self._stopping:
+                self._turn()
+                ended = self._ended()
+                if ended and exit_when_finished:
+                    return ended
+            return "asked"
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        self._wait()
+        now = time.monotonic()
+        for news in self._link.news(now):
+            self._hear_of(news, now)
+        for answer in self._link.receive():
+            if isinstance(answer, MessageError):
+                self._journal.note("malformed", f"coordinator sent nonsense: {answer}", level="warning")
+            else:
+                self._feed(Answered(*answer))
+        for event in self._work.news():
+            self._feed(event)
+        self._feed(Tick())
+        self._work.settle()
+        self._link.dial(now)
+        self._flush()
+
+    def _wait(self) -> None:
+        poller = zmq.Poller()
+        wants_to_speak = bool(self._outbox) and self._link.up
+        poller.register(self._link.socket, zmq.POLLIN | (zmq.POLLOUT if wants_to_speak else 0))
+        poller.register(self._link.monitor, zmq.POLLIN)
+        for descriptor in (self._woken.fileno(), *self._work.descriptors()):
+            poller.register(descriptor, zmq.POLLIN)
+        poller.poll(TICK_MS)
+
+    def _hear_of(self, news: News, now: float) -> None:
+        endpoint = self._member.endpoint
+        match news:
+            case News.UP:
+                self._quiet_until, self._reminder_seconds = 0.0, 5.0
+                self._journal.note("connected", f"connected to {endpoint}")
+                self._feed(Connected())
+            case News.DOWN:
+                self._journal.note("disconnected", f"connection to {endpoint} broke; dialling again", level="warning")
+                self._outbox.clear()
+                self._feed(Disconnected())
+            case News.NO_ANSWER:
+                self._remind(f"nobody answers at {endpoint}; dialling again at growing pauses", now)
+            case News.STRANGER:
+                self._remind(f"what answers at {endpoint} does not prove to be the coordinator; dialling again", now)
+            case News.KEY_REFUSED:
+                whom = f"site {self._member.site}: its key is not enrolled at {endpoint}, or was revoked"
+                raise RefusedError("revoked", f"{whom}; ask the federation's operator")
+            case _:
+                assert_never(news)
+
+    def _remind(self, text: str, now: float) -> None:
+        if now < self._quiet_until:
+            return
+        self._journal.note("waiting", text, level="warning")
+        self._quiet_until = now + self._reminder_seconds
+        self._reminder_seconds = min(2 * self._reminder_seconds, LONGEST_REMINDER_SECONDS)
+
+    def _feed(self, event: SiteEvent) -> None:
+        """Let the machine handle the event and whatever carrying out its effects brings about."""
+        events = deque([event])
+        while events:
+            for effect in self._site.handle(events.popleft(), time.monotonic()):
+                outcome = self._carry_out(effect)
+                if outcome is not None:
+                    events.append(outcome)
+
+    def _carry_out(self, effect: SiteEffect) -> SiteEvent | None:
+        match effect:
+            case Say() | SayChunk():
+                self._outbox.append(effect)
+            case OpenPart() | WritePart() | FinishPart() | DropPart():
+                return self._store(effect)
+            case StartWork(task, manifest):
+                return self._work.start(task, manifest)
+            case StopWork():
+                self._work.stop()
+            case Committed(_, manifest):
+                self._state.commit(manifest)
+            case Learned(plan):
+                self._state.keep_plan(plan)
+            case Leave():
+                self._leave(effect)
+            case Note(name, fields):
+                level: Literal["info", "warning"] = "warning" if any(word in name for word in WARNINGS) else "info"
+                self._journal.record(name, level, fields)
+            case _:
+                assert_never(effect)
+        return None
+
+    def _store(self, effect: OpenPart | WritePart | FinishPart | DropPart) -> SiteEvent | None:
+        blobs = self._state.blobs
+        try:
+            match effect:
+                case OpenPart(part, size):
+                    blobs.open(part, size)
+                case WritePart(part, at, data):
+                    blobs.write(part, at, data)
+                case FinishPart(part, blob):
+                    blobs.finish(part, blob)
+                    return BlobStored(blob.id)
+                case DropPart(part):
+                    blobs.drop(part)
+        except StorageError as error:
+            self._journal.note("disk", str(error), level="error")
+            return BlobFailed(effect.part, str(error))
+        return None
+
+    def _leave(self, leave: Leave) -> None:
+        if leave.code not in ("finished", "stopped"):
+            raise RefusedError(leave.code, f"site {self._member.site}: refused by the coordinator: {leave.reason}")
+        if self._left is None or self._left != leave:
+            self._journal.note(leave.code, f"the federation has {leave.code}: {leave.reason}", reason=leave.reason)
+        self._left = leave
+
+    def _ended(self) -> Literal["finished", "stopped"] | None:
+        if self._left is None or self._left.code not in ("finished", "stopped"):
+            return None
+        return "finished" if self._left.code == "finished" else "stopped"
+
+    def _flush(self) -> None:
+        """Send what is due, as far as the connection takes it."""
+        while self._outbox and self._link.up:
+            match self._outbox[0]:
+                case Say(message, body):
+                    sent = self._link.send(message, body)
+                case SayChunk(upload, blob, at, size):
+                    sent = self._link.send(Chunk(upload, at), self._work.read(blob, at, size))
+            if not sent:
+                break
+            self._outbox.popleft()
+        if not self._link.up:
+            self._outbox.clear()  # whatever was said is asked again on the next connection
+
+    def _catch_signals(self) -> None:
+        def stop(_number: int, _frame: FrameType | None) -> None:
+            self._stopping = True
+
+        self._wake.setblocking(False)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)  # a signal ends the wait at once
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+
+    def _close(self) -> None:
+        """End the worker, say goodbye and let go of everything."""
+        self._work.close()
+        self._feed(Stopping())
+        self._flush()
+        self._link.close(LINGER_MS)
+        self._context.term()
+        self._state.close()
+        signal.set_wakeup_fd(-1)
+        self._wake.close()
+        self._woken.close()

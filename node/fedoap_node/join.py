@@ -1,0 +1,188 @@
+"""Joining: a one-time token becomes a site's folder with keys that were made here.
+
+The site's keys travel nowhere but in their public halves, under the CURVE key that the token stands
+for. The folder is written beside its place and renamed into it last: a join that fails leaves nothing.
+"""
+
+import datetime as dt
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from fedoap.config import Modality
+from fedoap.errors import IdentityError, MessageError, RefusedError, StorageError
+from fedoap.identity import (
+    ENROL_CONTEXT,
+    Certificate,
+    KeyPair,
+    Token,
+    curve_keys,
+    enrol_payload,
+    fingerprint,
+    sign,
+    signing_keys,
+    sync_folder,
+)
+from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse
+from fedoap.sitefolder import SiteFolder, home_for_joining
+from fedoap_node.link import Address, Link, News
+from fedoap_node.membership import Membership
+
+ANSWER_SECONDS = 30.0
+REPEAT_SECONDS = 2.0
+STRANGERS = 4
+"""So many failed handshakes in a row are no accident."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A site that has just joined; both fingerprints are shown on the coordinator's side as well."""
+
+    folder: SiteFolder
+    federation: str
+    site_fingerprint: str
+    federation_fingerprint: str
+
+
+def join(text: str, home: Path | None = None, data: Path | None = None, modality: Modality = "mr") -> Joined:
+    """Return a site that has joined the token's federation, its folder written.
+
+    Raises:
+        FedoapError: the token, the coordinator or the disk refused; nothing is left behind.
+    """
+    token = Token.decode(text)
+    folder = SiteFolder(home_for_joining(home) / token.site)
+    if folder.path.exists():
+        raise IdentityError(f"site {token.site}: has joined already, {folder.path} is there; use another --home")
+    curve, signing = curve_keys(os.urandom(32)), signing_keys(os.urandom(32))
+    keys = (token.server_key, token.federation_key)
+    member = Membership(token.federation, token.site, token.endpoint, *keys, curve, signing)
+    with _drafted(folder) as draft:
+        certificate = _enrol(token, member)
+        member.write(draft.identity, certificate)
+        draft.config.write_text(site_toml(data, modality), encoding="utf-8")
+    prints = (fingerprint(signing.public), fingerprint(token.federation_key))
+    return Joined(folder, token.federation, *prints)
+
+
+def site_toml(data: Path | None, modality: Modality) -> str:
+    """Return a `site.toml` that names the data, every other key in a comment with its default."""
+    named = json.dumps(str(data.absolute()) if data else "datalist.json")
+    mark = "" if data else "# "
+    return f"""\
+# This site's data and hardware. Relative paths start at this file's folder.
+
+{mark}[data]
+{mark}datalist = {named}  # MONAI/Decathlon JSON with lists `training`, `validation` and `test`
+{mark}modality = "{modality}"  # mr, ct, ultrasound or photo: defaults of intensity scaling and augmentation
+# root = "images"  # folder that the datalist's paths start at; its own folder where not given
+# spacing_mm = [1.0, 1.0]  # resample to this voxel spacing; images are only resized where not given
+# window = [-100.0, 250.0]  # intensities mapped to [0, 1]; by modality where not given
+# channels = [0]  # channels of the image to use
+# max_training_cases = 20  # for trials
+
+[worker]
+# device = "auto"  # auto, cpu, cuda or cuda:N
+# gpus = 1  # GPUs to train on together
+# threads = 0  # CPU threads; 0 lets PyTorch choose
+"""
+
+
+def _enrol(token: Token, member: Membership) -> Certificate:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    token_keys = KeyPair(*token.curve_pair())
+    link = Link(context, Address(token.endpoint, token.server_key), token_keys)
+    try:
+        certificate = _ask(link, token, _request(token, member, token_keys.public))
+    finally:
+        link.close()
+        context.term()
+    member.check(certificate)
+    return certificate
+
+
+def _request(token: Token, member: Membership, token_key: bytes) -> Enrol:
+    keys = (member.curve.public, member.signing.public)
+    payload = enrol_payload(token.federation, token.site, token_key, keys, PROTOCOL_VERSION)
+    signature = sign(member.signing.secret, ENROL_CONTEXT, payload)
+    return Enrol(PROTOCOL_VERSION, token.site, *keys, signature)
+
+
+def _ask(link: Link, token: Token, request: Enrol) -> Certificate:
+    """Return the coordinator's answer; the question is repeated until it comes."""
+    poller = zmq.Poller()
+    poller.register(link.socket, zmq.POLLIN)
+    poller.register(link.monitor, zmq.POLLIN)
+    deadline, repeat_at, strangers = time.monotonic() + ANSWER_SECONDS, 0.0, 0
+    while (now := time.monotonic()) < deadline:
+        poller.poll(100)
+        for news in link.news(now):
+            strangers += news is News.STRANGER
+            _check_news(news, strangers, token)
+        for answer in link.receive():
+            if (certificate := _read_answer(answer, token)) is not None:
+                return certificate
+        link.dial(now)
+        if link.up and now >= repeat_at and link.send(request):
+            repeat_at = now + REPEAT_SECONDS
+    what = "does not answer the request" if link.up else "nobody answers; is the coordinator running and the port open?"
+    raise RefusedError("unreachable", f"{token.endpoint}: {what} (waited {ANSWER_SECONDS:.0f} s)")
+
+
+def _check_news(news: News, strangers: int, token: Token) -> None:
+    if news is News.KEY_REFUSED:
+        raise RefusedError("token", f"token of {token.site}: {_why_refused(token)}; ask for a new one")
+    if strangers >= STRANGERS:
+        raise RefusedError(
+            "stranger",
+            f"{token.endpoint}: what answers there does not hold the key that the token names; "
+            "another federation's coordinator, or a proxy on the way",
+        )
+
+
+def _why_refused(token: Token) -> str:
+    expires = dt.datetime.fromtimestamp(token.expires, dt.UTC)
+    if dt.datetime.now(dt.UTC) > expires:
+        return f"expired on {expires:%Y-%m-%d %H:%M} UTC"
+    return "was used before, or replaced by a newer one, or withdrawn"
+
+
+def _read_answer(answer: tuple[object, memoryview] | MessageError, token: Token) -> Certificate | None:
+    match answer:
+        case (Enrolled(), body):
+            return Certificate.unpack(bytes(body))
+        case (Refuse(code, reason, _), _):
+            raise RefusedError(code, f"token of {token.site}: refused by the coordinator: {reason}")
+        case _:
+            return None
+
+
+@contextmanager
+def _drafted(folder: SiteFolder) -> Iterator[SiteFolder]:
+    """Yield a folder beside the site's; it takes the site's place if the block succeeds, else it is removed."""
+    home = folder.path.parent
+    fresh = [place for place in (home, *home.parents) if not place.exists()]
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        draft = SiteFolder(Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=home)))
+        draft.identity.mkdir(mode=0o700)
+    except OSError as error:
+        raise StorageError(f"{home}: cannot be written: {error.strerror}") from None
+    try:
+        yield draft
+        draft.path.rename(folder.path)
+        sync_folder(home)
+    except BaseException:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        with suppress(OSError):
+            for place in fresh:
+                place.rmdir()
+        raise

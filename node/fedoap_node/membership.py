@@ -1,0 +1,107 @@
+"""Who this site is in which federation: the `identity/` folder that joining leaves.
+
+signing.key, curve.key    32 raw bytes each, mode 0600; made here, never sent
+federation.json           where the coordinator is, and the public keys to know it by
+certificate               the federation's signed word that the keys are this site's
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, ValidationError
+
+from fedoap.config import Endpoint, Frozen, Name
+from fedoap.errors import IdentityError
+from fedoap.identity import Certificate, KeyPair, curve_keys, read_private, signing_keys, write_private
+from fedoap.sitefolder import SiteFolder
+from fedoap_node.files import write_durably
+
+SIGNING_KEY = "signing.key"
+CURVE_KEY = "curve.key"
+CERTIFICATE = "certificate"
+HexKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FederationRecord(Frozen):
+    """`federation.json`; a site may set `endpoint` anew when its coordinator moves."""
+
+    federation: Name
+    site: Name
+    endpoint: Endpoint
+    server_key: HexKey
+    federation_key: HexKey
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A site's place in a federation."""
+
+    federation: str
+    site: str
+    endpoint: str
+    server_key: bytes
+    federation_key: bytes
+    curve: KeyPair
+    signing: KeyPair
+
+    @classmethod
+    def read(cls, folder: SiteFolder) -> Self:
+        """Return what joining wrote, its certificate checked.
+
+        Raises:
+            IdentityError: a file is missing, altered or readable by others.
+        """
+        record = _record(folder.federation)
+        curve = curve_keys(read_private(folder.identity / CURVE_KEY))
+        signing = signing_keys(read_private(folder.identity / SIGNING_KEY))
+        keys = (bytes.fromhex(record.server_key), bytes.fromhex(record.federation_key))
+        member = cls(record.federation, record.site, record.endpoint, *keys, curve, signing)
+        member.check(_certificate(folder.identity / CERTIFICATE))
+        return member
+
+    def check(self, certificate: Certificate) -> None:
+        """Return if the certificate is the federation's word about this site's keys.
+
+        Raises:
+            IdentityError: it is not.
+        """
+        certificate.verify(self.federation_key)
+        said = (certificate.federation, certificate.site, certificate.curve_key, certificate.signing_key)
+        if said != (self.federation, self.site, self.curve.public, self.signing.public):
+            raise IdentityError(f"certificate of {certificate.site}: is not about site {self.site} and its keys")
+
+    def write(self, identity: Path, certificate: Certificate) -> None:
+        """Write the identity folder's files.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        write_private(identity / SIGNING_KEY, self.signing.secret)
+        write_private(identity / CURVE_KEY, self.curve.secret)
+        write_durably(identity / CERTIFICATE, certificate.pack())
+        record = FederationRecord(
+            federation=self.federation,
+            site=self.site,
+            endpoint=self.endpoint,
+            server_key=self.server_key.hex(),
+            federation_key=self.federation_key.hex(),
+        )
+        write_durably(identity / "federation.json", record.model_dump_json(indent=1).encode())
+
+
+def _record(path: Path) -> FederationRecord:
+    try:
+        return FederationRecord.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise IdentityError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+
+
+def _certificate(path: Path) -> Certificate:
+    try:
+        return Certificate.unpack(path.read_bytes())
+    except OSError as error:
+        raise IdentityError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,184 @@
+"""The task in hand: its job is made out, its worker watched, its result kept and read for the upload."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedoap.config import SiteConfig
+from fedoap.errors import FedoapError, StorageError, TrainingError
+from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
+from fedoap.tensors import TaskManifest, UploadManifest
+from fedoap_node.files import remove
+from fedoap_node.job import Job
+from fedoap_node.journal import Journal
+from fedoap_node.results import JOB, Result
+from fedoap_node.state import SiteState
+from fedoap_node.trainer import GRACE_SECONDS, Trainer, worker_command
+
+
+@dataclass(slots=True)
+class _Running:
+    """A worker, what it works on, and where it writes."""
+
+    task: bytes
+    manifest: TaskManifest
+    output: Path
+    trainer: Trainer
+    kill_at: float = 0.0
+    wanted: bool = True
+
+
+class Work:
+    """At most one task's work at a time; what is asked to end may take a while to be gone."""
+
+    def __init__(self, state: SiteState, config: SiteConfig, journal: Journal) -> None:
+        self._state, self._config, self._journal = state, config, journal
+        self._running: _Running | None = None
+        self._ending: list[_Running] = []
+        self._upload: tuple[bytes, int] | None = None
+
+    def start(self, task: bytes, manifest: TaskManifest) -> SiteEvent | None:
+        """Start a worker on the task, and return how it ended if that is known already.
+
+        A result that is kept for the same work is taken as it is, and a worker that is busy with it goes on.
+        """
+        running = self._running
+        if running is not None and running.manifest.work == manifest.work:
+            running.task, running.manifest, running.wanted = task, manifest, True
+            return None
+        self.stop()
+        self.settle()
+        kept = self._state.finished(manifest)
+        if kept is not None:
+            self._journal.note("work_kept", f"{_name(manifest)} was done before", kind=manifest.kind)
+            return self._done(task, kept)
+        try:
+            self._running = self._launch(task, manifest)
+        except FedoapError as error:
+            return self._failed(task, manifest, str(error), "the worker could not be started")
+        self._journal.note("work_started", f"{_name(manifest)} begins", kind=manifest.kind, round=manifest.round)
+        return None
+
+    def stop(self) -> None:
+        """The task in hand is no longer due; its worker ends at `settle` unless the same work is started again."""
+        if self._running is not None:
+            self._running.wanted = False
+
+    def settle(self) -> None:
+        """End a worker that nobody wants any more, and bury those that were asked to end."""
+        if self._running is not None and not self._running.wanted:
+            self._running.trainer.ask_to_end()
+            self._running.kill_at = time.monotonic() + GRACE_SECONDS
+            self._ending.append(self._running)
+            self._running = None
+        for running in list(self._ending):
+            if running.trainer.exit_code() is not None or time.monotonic() > running.kill_at:
+                running.trainer.kill()
+                remove(running.output)
+                self._ending.remove(running)
+
+    def news(self) -> list[SiteEvent]:
+        """Return what the worker has to say: how far it is, and how it ended."""
+        running = self._running
+        if running is None:
+            return []
+        events: list[SiteEvent] = []
+        said = running.trainer.progress()
+        if said is not None:
+            events.append(WorkProgress(said.stage, said.step, said.steps, said.loss, said.dice))
+        code = running.trainer.exit_code()
+        if code is not None:
+            self._running = None
+            events.append(self._finish(running, code))
+        return events
+
+    def descriptors(self) -> list[int]:
+        """Return the descriptors that become readable when there is news."""
+        return self._running.trainer.descriptors() if self._running else []
+
+    def read(self, blob: bytes, at: int, size: int) -> bytes:
+        """Return bytes of the last result's blob; nothing if the blob is another one."""
+        if self._upload is None or self._upload[0] != blob:
+            return b""
+        return os.pread(self._upload[1], size, at)
+
+    def close(self) -> None:
+        """End every worker; returns when all are gone."""
+        self.stop()
+        self.settle()
+        for running in self._ending:
+            running.trainer.end()
+            remove(running.output)
+        self._ending.clear()
+        self._close_upload()
+
+    def _launch(self, task: bytes, manifest: TaskManifest) -> _Running:
+        if self._config.data is None:
+            raise TrainingError("site.toml: section data is missing")
+        output = self._state.results.start(manifest.work)
+        job = Job(
+            kind=manifest.kind,
+            site=self._state.folder.name,
+            round=manifest.round,
+            plan=self._state.plan(),
+            data=self._config.data,
+            worker=self._config.worker,
+            model=self._state.blobs.files(manifest.model.id) if manifest.model else None,
+            bank=self._state.blobs.files(manifest.bank.id) if manifest.bank else None,
+            personal=self._state.results.personal,
+            cache=self._state.cache,
+            output=output,
+        )
+        path = output / JOB
+        try:
+            path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
+        trainer = Trainer(worker_command(self._config.worker, path), self._state.folder.worker_log)
+        return _Running(task, manifest, output, trainer)
+
+    def _finish(self, running: _Running, code: int) -> SiteEvent:
+        running.trainer.kill()  # the worker is gone; what it started may not be
+        task, manifest = running.task, running.manifest
+        if code != 0:
+            remove(running.output)
+            words = running.trainer.last_words()
+            return self._failed(task, manifest, f"{words} ({_ending(code)})", f"the worker {_ending(code)}")
+        try:
+            result = self._state.results.finish(manifest.work, running.output)
+        except (TrainingError, OSError) as error:
+            remove(running.output)
+            return self._failed(task, manifest, str(error), "the worker's result cannot be used")
+        self._journal.note("work_done", f"{_name(manifest)} is done", kind=manifest.kind, round=manifest.round)
+        return self._done(task, result)
+
+    def _done(self, task: bytes, result: Result) -> WorkDone:
+        self._close_upload()
+        if result.blob.size:
+            self._upload = (result.blob.id, os.open(result.path, os.O_RDONLY))
+        site = self._state.folder.name
+        return WorkDone(task, UploadManifest(task, site, result.cases, result.metrics, result.blob))
+
+    def _failed(self, task: bytes, manifest: TaskManifest, inside: str, outside: str) -> WorkFailed:
+        """Tell the site's own people all, and the coordinator nothing that may name a patient or a path."""
+        self._journal.note("work_failed", f"{_name(manifest)} failed: {inside}", level="error", reason=inside)
+        return WorkFailed(task, f"{outside}; the site's own log says why")
+
+    def _close_upload(self) -> None:
+        if self._upload is not None:
+            os.close(self._upload[1])
+            self._upload = None
+
+
+def _name(manifest: TaskManifest) -> str:
+    return f"{manifest.kind} of round {manifest.round}"
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}" + (
+        ", perhaps out of memory" if code == -signal.SIGKILL else ""
+    )
