@@ -114,7 +114,7 @@ def _gallery(folder: Path, site: str) -> list[Picture]:
     cases = EvaluationFile.model_validate_json(figures.read_bytes()).cases
     pictures = sorted((folder / site).glob("*.png"))
     shown = [(cases[int(path.stem)], path) for path in pictures]
-    shown.sort(key=lambda pair: pair[0].dice or 0.0)
+    shown.sort(key=lambda pair: pair[0].dice)
     return [Picture(_inline(path), f"{case.name}: Dice {_score(case.dice)}") for case, path in shown]
 
 

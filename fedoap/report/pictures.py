@@ -13,15 +13,15 @@ REFERENCE = (34, 197, 94)
 PREDICTION = (249, 115, 22)
 
 
-def spread(scores: Sequence[float | None], count: int) -> list[int]:
+def spread(scores: Sequence[float], count: int) -> list[int]:
     """Return which cases to show, from the worst score to the best, evenly spread.
 
-    >>> spread([0.9, 0.1, 0.5, None, 0.7], 3)
-    [1, 4, 0]
+    >>> spread([0.9, 0.1, 0.5, 0.7, 0.8], 3)
+    [1, 3, 0]
     """
-    order = sorted((score, index) for index, score in enumerate(scores) if score is not None)
+    order = sorted(range(len(scores)), key=lambda index: scores[index])
     places = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
-    return [order[place][1] for place in places]
+    return [order[place] for place in places]
 
 
 def write_picture(path: Path, image: NDArray[np.floating], masks: Sequence[NDArray[np.bool_]]) -> None:

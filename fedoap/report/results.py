@@ -51,27 +51,37 @@ class UnseenResult(Frozen):
     """The shared model's figures on the test cases of a site that took no part."""
 
     dice: float
-    metrics: dict[str, float | None] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
-class CaseResult(Frozen):
-    """One case's figures; what cannot be said of it, such as the distance to an empty mask, is left out."""
+class Figures(Frozen):
+    """How well masks fit, of one case or on average."""
+
+    dice: float
+    iou: float
+    hd95: float
+    nsd: float
+
+
+class CaseFigures(Figures):
+    """One case's figures."""
 
     name: str
-    dice: float | None = None
-    iou: float | None = None
-    hd95: float | None = None
-    nsd: float | None = None
+    patient: str = ""
 
 
 class EvaluationFile(Frozen):
-    """What `fedoap evaluate --json` writes."""
+    """What `fedoap evaluate --json` writes; it stays at the site."""
 
     site: str
     split: str
     path: Literal["personal", "shared"]
-    mean: dict[str, float | None]
-    cases: tuple[CaseResult, ...]
+    unit: Literal["mm", "voxel"]
+    """Of `hd95` and `tolerance`."""
+    tolerance: float
+    grid: Literal["file", "network"]
+    mean: Figures
+    cases: tuple[CaseFigures, ...]
 
 
 class Results(Frozen):

@@ -1,7 +1,6 @@
 """One coordinator and a node per site as real processes on this machine, with real keys."""
 
 import time
-from pathlib import Path
 
 from rich.console import Console
 
@@ -11,21 +10,18 @@ from fedoap.simulation.after import run_after
 from fedoap.simulation.config import SimulationConfig
 from fedoap.simulation.display import Display
 from fedoap.simulation.federation import read_ledger, run_federation
-from fedoap.simulation.layout import Layout, make_layout
+from fedoap.simulation.layout import Layout
 from fedoap.simulation.processes import Processes, termination_raises
 from fedoap.simulation.results import collect
 
-__all__ = ["Layout", "simulate"]
 
-
-def simulate(config: SimulationConfig, out: Path, console: Console, *, overwrite: bool = False) -> Results:
+def simulate(config: SimulationConfig, layout: Layout, console: Console) -> Results:
     """Leave `results.json` and `report.html` of a whole federation in a folder and return the figures.
 
     Raises:
-        ConfigError: the folder holds something already.
         ProcessError: a process ended before its work was done; all others were ended.
     """
-    layout, began = make_layout(out, overwrite=overwrite), time.monotonic()
+    began = time.monotonic()
     with (
         termination_raises(),
         Processes(layout.logs) as processes,

@@ -9,6 +9,8 @@ from fedoap.errors import ConfigError
 from fedoap.simulation.config import SimulationConfig, to_toml
 
 RESULTS = "results.json"
+MARKER = ".fedoap-simulation"
+"""Says that a folder is a simulation's, and may be deleted when the next one is to take its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +80,14 @@ def make_layout(out: Path, *, overwrite: bool) -> Layout:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _refuse_or_empty(out, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
     return Layout(out.absolute())
 
 
 def _refuse_or_empty(out: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise ConfigError(f"{out} is not empty; give another --out, or --overwrite to delete what is there")
-    if not out.is_dir() or not (out / "coordinator" / "fed.toml").exists():
+    if not out.is_dir() or not (out / MARKER).exists():
         raise ConfigError(f"{out} is not the folder of a simulation, so it is not overwritten")
     shutil.rmtree(out)
 

@@ -51,4 +51,4 @@ def _site(name: str, metrics: dict[str, float], layout: Layout) -> SiteResult:
 
 def _unseen(name: str, layout: Layout) -> UnseenResult:
     evaluation = EvaluationFile.model_validate_json(layout.evaluation(name).read_bytes())
-    return UnseenResult(dice=evaluation.mean["dice"] or 0.0, metrics=evaluation.mean)
+    return UnseenResult(dice=evaluation.mean.dice, metrics=evaluation.mean.model_dump())

@@ -12,9 +12,10 @@ from fedoap.errors import ConfigError
 from fedoap.report.page import write_report
 from fedoap.report.pictures import write_picture
 from fedoap.report.results import (
-    CaseResult,
+    CaseFigures,
     EvaluationFile,
     Exchange,
+    Figures,
     Results,
     Share,
     SiteResult,
@@ -99,8 +100,11 @@ def _pictures(folder: Path) -> None:
             site=name,
             split="validation",
             path="personal",
-            mean={"dice": 0.8},
-            cases=(CaseResult(name=f"{name}-1", dice=0.8),),
+            unit="voxel",
+            tolerance=2.0,
+            grid="file",
+            mean=Figures(dice=0.8, iou=0.7, hd95=3.0, nsd=0.9),
+            cases=(CaseFigures(name=f"{name}-1", dice=0.8, iou=0.7, hd95=3.0, nsd=0.9),),
         )
         (folder / "evaluation" / f"{name}.json").write_text(figures.model_dump_json())
 
@@ -123,7 +127,7 @@ def _results() -> Results:
         rounds=8,
         seconds=251.3,
         sites=sites,
-        unseen={"lung": UnseenResult(dice=0.55, metrics={"iou": 0.4, "hd95": None})},
+        unseen={"lung": UnseenResult(dice=0.55, metrics={"iou": 0.4, "hd95": 7.0})},
         exchanges=tuple(_exchange(kind, number) for number in range(1, 9) for kind in ("bank", "train")),
         plan=FederationConfig(federation="demo", sites=SITES).plan,
     )

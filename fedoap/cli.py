@@ -1,0 +1,209 @@
+"""The command line `fedoap`: try, simulate, evaluate, predict, report.
+
+What a command needs is imported when it runs: help must not wait for PyTorch.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import click
+
+from fedoap import __version__
+from fedoap.config import Modality
+from fedoap.errors import FedoapError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedoap.report.results import Results
+    from fedoap.segmentation.datalist import Split
+    from fedoap.segmentation.phantoms import Organ
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+PRESENT = click.Path(exists=True, path_type=Path)
+SPLITS = click.Choice(["training", "validation", "test"])
+MODALITIES = click.Choice(get_args(Modality))
+TORCH_MISSING = "this command needs PyTorch; install it with: pip install 'fedoap[node]'"
+
+EXAMPLES = """\b
+Examples:
+  fedoap demo
+  fedoap simulate examples/tumours/tumours.toml --out run
+  fedoap evaluate --site hospital_a --split test --json figures.json
+  fedoap predict --site hospital_a scan.nii.gz -o mask.nii.gz
+"""
+
+
+def main() -> None:
+    """Run the command line; what a user can set right is one line and exit code 2."""
+    try:
+        code = cli.main(standalone_mode=False, prog_name="fedoap")
+    except (FedoapError, click.ClickException) as error:
+        sys.exit(_complain(error.format_message() if isinstance(error, click.ClickException) else str(error)))
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "monai", "jinja2", "matplotlib", "PIL", "scipy", "nibabel", "pydicom"):
+            raise
+        sys.exit(_complain(TORCH_MISSING))
+    except click.Abort:
+        click.echo("fedoap: interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> int:
+    one_line = " ".join(text.split())
+    click.echo(f"fedoap: {one_line}", err=True)
+    return 2
+
+
+@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fedoap")
+def cli() -> None:
+    """Personalised federated tumour segmentation (FedOAP).
+
+    The daemons have commands of their own: fedoap-coordinator and fedoap-node.
+    """
+
+
+@cli.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder of everything it leaves.")
+@click.option("--overwrite", is_flag=True, help="Delete what an earlier simulation left there.")
+def demo(*, out: Path, overwrite: bool) -> None:
+    """Federate three phantom hospitals on this machine; a fourth organ stays unseen."""
+    from fedoap.simulation.demo import run_demo
+
+    _summarise(run_demo(out, _console(), overwrite=overwrite), out)
+
+
+@cli.command(epilog="Example: fedoap simulate examples/tumours/tumours.toml --out run")
+@click.argument("config", type=FILE)
+@click.option("--out", type=FOLDER, required=True, help="Folder of everything it leaves; new or empty.")
+@click.option("--overwrite", is_flag=True, help="Delete what an earlier simulation left there.")
+def simulate(*, config: Path, out: Path, overwrite: bool) -> None:
+    """Run the federation of CONFIG on this machine: real processes, real keys, loopback."""
+    from fedoap.simulation import simulate as run
+    from fedoap.simulation.config import load_simulation
+    from fedoap.simulation.layout import make_layout
+
+    checked = load_simulation(config)
+    _summarise(run(checked, make_layout(out, overwrite=overwrite), _console()), out)
+
+
+@cli.command(epilog="Example: fedoap evaluate --site hospital_a --datalist list.json --split test --json figures.json")
+@click.option("--site", help="Name of the site whose model, settings and datalist are used.")
+@click.option("--home", type=FOLDER, help="Folder that holds the sites' folders, if not a usual place.")
+@click.option("--model", type=FOLDER, help="Folder that `fedoap-coordinator export` left, instead of --site.")
+@click.option("--config", type=FILE, help="A site.toml that says how to read the images, with --model.")
+@click.option("--datalist", type=FILE, help="Another datalist than the settings'.")
+@click.option("--modality", type=MODALITIES, help="Another modality than the settings'.")
+@click.option("--split", type=SPLITS, default="test", show_default=True, help="List of cases.")
+@click.option("--json", "output", type=FILE, required=True, help="Where the figures go.")
+@click.option("--pictures", type=FOLDER, help="Also leave pictures of some cases in this folder.")
+@click.option("--shared", is_flag=True, help="The shared model, without the site's personal parameters.")
+@click.option("--threads", type=int, default=0, help="CPU threads; 0 lets PyTorch choose.")
+def evaluate(
+    *,
+    site: str | None,
+    home: Path | None,
+    model: Path | None,
+    config: Path | None,
+    datalist: Path | None,
+    modality: Modality | None,
+    split: str,
+    output: Path,
+    pictures: Path | None,
+    shared: bool,
+    threads: int,
+) -> None:
+    """Measure a model on labelled cases: Dice, IoU, HD95 and NSD, each case and on average."""
+    _one_of(site=site, model=model)
+    if model and not (config or datalist):
+        raise click.UsageError("--model needs --config or --datalist, which say what to evaluate on")
+    from fedoap.apply import Source, as_split, evaluate_split
+
+    source = Source(site, home, model, config, datalist, modality, shared, threads)
+    found = evaluate_split(source, as_split(split), output, pictures)
+    mean = found.mean
+    click.echo(
+        f"{len(found.cases)} cases: Dice {mean.dice:.3f}, IoU {mean.iou:.3f}, "
+        f"HD95 {mean.hd95:.1f} {found.unit}, NSD {mean.nsd:.3f} within {found.tolerance:g} {found.unit}"
+    )
+
+
+@cli.command(epilog="Example: fedoap predict --site hospital_a scan.nii.gz -o mask.nii.gz")
+@click.argument("image", type=PRESENT)
+@click.option("--output", "-o", type=FILE, required=True, help="Where the mask goes.")
+@click.option("--site", help="Name of the site whose model and settings are used.")
+@click.option("--home", type=FOLDER, help="Folder that holds the sites' folders, if not a usual place.")
+@click.option("--model", type=FOLDER, help="Folder that `fedoap-coordinator export` left, instead of --site.")
+@click.option("--modality", type=MODALITIES, help="Another modality than the settings'.")
+@click.option("--shared", is_flag=True, help="The shared model, without the site's personal parameters.")
+def predict(
+    *,
+    image: Path,
+    output: Path,
+    site: str | None,
+    home: Path | None,
+    model: Path | None,
+    modality: Modality | None,
+    shared: bool,
+) -> None:
+    """Write the tumour mask of IMAGE (a file, or a folder of a DICOM series) with the image's geometry."""
+    _one_of(site=site, model=model)
+    from fedoap.apply import Source, predict_mask
+
+    source = Source(site=site, home=home, model=model, modality=modality, shared=shared)
+    marked = predict_mask(source, image, output)
+    click.echo(f"{output}: {marked} voxels marked")
+
+
+@cli.command(epilog="Example: fedoap phantoms data/liver --organ liver-ct --size 128 128")
+@click.argument("folder", type=FOLDER)
+@click.option("--organ", type=click.Choice(["brain-mr", "liver-ct", "breast-us", "lung-ct"]), required=True)
+@click.option("--size", type=int, nargs=2, default=(64, 64), show_default=True, help="Pixels down and across.")
+@click.option("--training", type=click.IntRange(1), default=48, show_default=True, help="Cases to train on.")
+@click.option("--validation", type=click.IntRange(1), default=12, show_default=True, help="Cases to choose by.")
+@click.option("--test", type=click.IntRange(1), default=24, show_default=True, help="Cases to measure on.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Fixes every pixel.")
+def phantoms(
+    *, folder: Path, organ: "Organ", size: tuple[int, int], training: int, validation: int, test: int, seed: int
+) -> None:
+    """Draw invented patients with tumours into FOLDER, to try a site without anybody's data."""
+    from fedoap.segmentation.phantoms import write_phantoms
+
+    counts: dict[Split, int] = {"training": training, "validation": validation, "test": test}
+    click.echo(write_phantoms(folder, organ, counts, size, seed))
+
+
+@cli.command(epilog="Example: fedoap report demo")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--output", "-o", type=FILE, help="The page.  [default: FOLDER/report.html]")
+def report(*, folder: Path, output: Path | None) -> None:
+    """Write the page of the simulation in FOLDER anew: one HTML file that needs no other."""
+    from fedoap.report.page import write_report
+
+    page = output or folder / "report.html"
+    write_report(folder / "results.json", page)
+    click.echo(page)
+
+
+def _one_of(site: str | None, model: Path | None) -> None:
+    if (site is None) == (model is None):
+        raise click.UsageError("give either --site or --model")
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _summarise(results: "Results", out: Path) -> None:
+    for name, site in results.sites.items():
+        alone = "" if site.dice_local is None else f", alone {site.dice_local:.3f}"
+        click.echo(f"{name}: test Dice {site.dice:.3f}{alone}")
+    for name, unseen in results.unseen.items():
+        click.echo(f"{name}: test Dice {unseen.dice:.3f} with the shared model, never trained on")
+    click.echo(f"{results.rounds} rounds in {results.seconds:.0f} s; see {out / 'report.html'}")
