@@ -54,7 +54,8 @@ def cli(context: click.Context, site: str | None, home: Path | None, exit_when_f
     "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The site's datalist (JSON)."
 )
 @click.option("--modality", type=click.Choice(["mr", "ct", "ultrasound", "photo"]), default="mr", show_default=True)
-def join_command(token: str, home: Path | None, data: Path | None, modality: str) -> None:
+@click.pass_context
+def join_command(context: click.Context, token: str, home: Path | None, data: Path | None, modality: str) -> None:
     r"""Join a federation with the one-time TOKEN that its operator sent.
 
     \b
