@@ -50,7 +50,7 @@ def _eager(
     work = torch.promote_types(tokens.q.dtype, torch.float32)
     wide = tokens.to(work)
     scaled = replace(wide, q=wide.q * (channels**-0.5 if scale is None else scale))
-    bias = wide.q.new_zeros(1, 1, slots) if slot_bias is None else slot_bias.to(work).view(-1, 1, slots)
+    bias = wide.q.new_zeros(1, slots) if slot_bias is None else slot_bias.to(work).unsqueeze(-2)
     if gate is None:
         out, lse = _joint(scaled, bias)
     else:

@@ -26,7 +26,7 @@ from fedoap.segmentation.network import Bank, FedOAPNet
 from fedoap.strategies import personal_parts
 
 State: TypeAlias = dict[str, NDArray[np.float32]]
-Path: TypeAlias = Literal["personal", "shared"]
+ModelPath: TypeAlias = Literal["personal", "shared"]
 
 _QUERY_BRANCH = "bottleneck_q.block.conv1.weight"
 
@@ -50,7 +50,7 @@ class SiteModel(nn.Module):
         self._twins = self._tie(parts)
         self.reset_personal()
 
-    def forward(self, image: Tensor, bank: Bank | None = None, *, path: Path = "personal") -> Tensor:
+    def forward(self, image: Tensor, bank: Bank | None = None, *, path: ModelPath = "personal") -> Tensor:
         """Return the logits (B, 1, *S) of one of the two networks."""
         network = self.personal if path == "personal" else self.shared
         logits: Tensor = network(image, bank)
