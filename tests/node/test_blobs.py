@@ -1,0 +1,99 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedoap.errors import StorageError
+from fedoap.tensors import BlobManifest, write_blob
+from fedoap_node.blobs import BlobStore
+
+
+def blob(tmp_path: Path) -> tuple[BlobManifest, bytes]:
+    manifest = write_blob(tmp_path / "source", {"w": np.arange(1000, dtype=np.float32)})
+    return manifest, (tmp_path / "source").read_bytes()
+
+
+def stored(store: BlobStore, manifest: BlobManifest, data: bytes) -> None:
+    store.open(manifest.id, manifest.size)
+    store.write(manifest.id, 0, data)
+    store.finish(manifest.id, manifest)
+
+
+def test_a_finished_part_is_a_blob_with_its_manifest_after_a_restart(tmp_path: Path) -> None:
+    manifest, data = blob(tmp_path)
+    stored(BlobStore(tmp_path / "state"), manifest, data)
+
+    again = BlobStore(tmp_path / "state")
+
+    files = again.files(manifest.id)
+    assert again.stored() == {manifest.id}
+    assert files.blob.read_bytes() == data
+    assert hashlib.sha256(files.manifest.read_bytes()).digest() == manifest.id
+
+
+def test_a_part_that_a_crash_cut_short_is_gone_after_a_restart(tmp_path: Path) -> None:
+    manifest, data = blob(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    store.open(manifest.id, manifest.size)
+    store.write(manifest.id, 0, data[:100])
+
+    again = BlobStore(tmp_path / "state")
+
+    assert again.stored() == frozenset()
+    assert list((tmp_path / "state" / "parts").iterdir()) == []
+
+
+def test_a_manifest_without_its_blob_is_not_counted_as_stored(tmp_path: Path) -> None:
+    manifest, _ = blob(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    store.files(manifest.id).manifest.write_bytes(manifest.pack())
+
+    assert store.stored() == frozenset()
+
+
+def test_a_full_disk_refuses_a_part_before_a_byte_is_written(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path / "state")
+
+    with pytest.raises(StorageError, match="no room for"):
+        store.open(b"\1" * 32, 1 << 60)
+
+    assert list((tmp_path / "state" / "parts").iterdir()) == []
+
+
+def test_writing_to_a_dropped_part_does_nothing_and_finishing_it_is_an_error(tmp_path: Path) -> None:
+    manifest, data = blob(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    store.open(manifest.id, manifest.size)
+    store.drop(manifest.id)
+
+    store.write(manifest.id, 0, data)
+
+    with pytest.raises(StorageError, match="is gone"):
+        store.finish(manifest.id, manifest)
+
+
+def test_only_the_blobs_named_are_kept(tmp_path: Path) -> None:
+    manifest, data = blob(tmp_path)
+    other = write_blob(tmp_path / "other", {"w": np.zeros(3, np.float32)})
+    store = BlobStore(tmp_path / "state")
+    stored(store, manifest, data)
+    stored(store, other, (tmp_path / "other").read_bytes())
+
+    store.keep_only([other.id])
+
+    assert store.stored() == {other.id}
+    assert len(list((tmp_path / "state" / "blobs").iterdir())) == 2
+
+
+def test_no_descriptor_stays_open_after_many_parts(tmp_path: Path) -> None:
+    manifest, data = blob(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    for _ in range(5):
+        stored(store, manifest, data)
+    store.open(manifest.id, manifest.size)
+    store.close()
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

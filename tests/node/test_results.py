@@ -1,0 +1,247 @@
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData
+from fedoap.errors import StorageError, TrainingError
+from fedoap.sitefolder import SiteFolder
+from fedoap.tensors import BlobManifest, TaskManifest, write_blob
+from fedoap_node import results as results_module
+from fedoap_node.job import Job, JobKind, JobResult
+from fedoap_node.results import Results
+from fedoap_node.state import SiteState
+
+PLAN = Plan(federation="f", network=NetworkConfig(width=4, depth=1), data=DataConfig(size=(8, 8)))
+WORK = b"\1" * 32
+
+
+def folder(tmp_path: Path) -> SiteFolder:
+    site = SiteFolder(tmp_path / "hospital_a")
+    site.state.mkdir(parents=True, exist_ok=True)
+    return site
+
+
+def model(tmp_path: Path) -> BlobFiles:
+    files = BlobFiles(blob=tmp_path / "model", manifest=tmp_path / "model.manifest")
+    files.manifest.write_bytes(write_blob(files.blob, {"w": np.ones(4, np.float32)}).pack())
+    return files
+
+
+def worked(
+    results: Results, tmp_path: Path, kind: JobKind = "train", round_number: int = 1, work: bytes = WORK
+) -> Path:
+    """Do what a worker does, and return its output."""
+    output = results.start(work)
+    job = Job(
+        kind=kind,
+        site="hospital_a",
+        round=round_number,
+        plan=PLAN,
+        data=SiteData(datalist=tmp_path / "none.json"),
+        model=model(tmp_path),
+        cache=tmp_path,
+        output=output,
+    )
+    (output / "job.json").write_text(job.model_dump_json())
+    update = {"w": np.full(4, round_number, np.float32)}
+    (output / "update.manifest").write_bytes(write_blob(output / "update.blob", update).pack())
+    (output / "personal").mkdir()
+    (output / "personal" / "state.json").write_text(json.dumps({"round": round_number}))
+    (output / "result.json").write_text(JobResult(cases=3, metrics={"loss": 0.5}).model_dump_json())
+    return output
+
+
+def personal_round(results: Results) -> int | None:
+    place = results.personal
+    return None if place is None else int(json.loads((place / "state.json").read_text())["round"])
+
+
+def test_a_finished_work_is_found_again_after_a_restart_with_its_personal_state(tmp_path: Path) -> None:
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+
+    again = Results(folder(tmp_path))
+    again.recover()
+
+    kept = again.find(WORK)
+    assert kept is not None
+    assert (kept.cases, kept.metrics) == (3, (("loss", 0.5),))
+    assert personal_round(again) == 1
+
+
+def test_output_of_a_worker_that_never_finished_changes_nothing_and_is_removed(tmp_path: Path) -> None:
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    worked(results, tmp_path, round_number=2, work=b"\2" * 32)
+
+    again = Results(folder(tmp_path))
+    again.recover()
+
+    assert again.find(b"\2" * 32) is None
+    assert personal_round(again) == 1
+    assert len(list((tmp_path / "hospital_a/state/work").iterdir())) == 1
+
+
+def test_a_crash_between_result_and_promotion_is_made_good_at_the_next_start(tmp_path: Path) -> None:
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    output = worked(results, tmp_path, round_number=2, work=b"\2" * 32)
+    output.rename(output.with_name("02" * 32))
+
+    again = Results(folder(tmp_path))
+    again.recover()
+
+    assert personal_round(again) == 2
+    record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
+    assert record.round == 2
+    assert record.personal == again.personal
+
+
+def test_recovery_done_twice_changes_nothing(tmp_path: Path) -> None:
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+
+    results.recover()
+    before = folder(tmp_path).model_record.read_bytes()
+    results.recover()
+
+    assert folder(tmp_path).model_record.read_bytes() == before
+    assert personal_round(results) == 1
+
+
+def test_the_model_of_a_trained_round_is_the_network_that_the_site_trained(tmp_path: Path) -> None:
+    results = Results(folder(tmp_path))
+    kept = results.finish(WORK, worked(results, tmp_path, round_number=2))
+    results.keep_only(b"\3" * 32)
+
+    record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
+
+    assert BlobManifest.unpack(record.shared.manifest.read_bytes()) == kept.blob
+    assert np.frombuffer(record.shared.blob.read_bytes(), np.float32).tolist() == [2.0] * 4
+
+
+def test_the_model_after_calibration_is_the_published_one(tmp_path: Path) -> None:
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path, round_number=2))
+    results.finish(b"\2" * 32, worked(results, tmp_path, "calibrate", 3, b"\2" * 32))
+
+    record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
+
+    assert np.frombuffer(record.shared.blob.read_bytes(), np.float32).tolist() == [1.0] * 4
+    assert record.round == 3
+    assert len(list(folder(tmp_path).model.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["result.json", "update.blob"])
+def test_a_result_with_a_part_missing_is_refused_and_not_kept(tmp_path: Path, name: str) -> None:
+    results = Results(folder(tmp_path))
+    output = worked(results, tmp_path)
+    (output / name).unlink()
+
+    with pytest.raises(TrainingError, match="no usable result"):
+        results.finish(WORK, output)
+
+    assert results.find(WORK) is None
+    assert personal_round(results) is None
+
+
+def test_an_update_that_names_a_personal_tensor_never_leaves(tmp_path: Path) -> None:
+    """Fails when the check of names in `_read` is taken out."""
+    results = Results(folder(tmp_path))
+    output = worked(results, tmp_path)
+    personal = {"personal.head.weight": np.ones(2, np.float32)}
+    (output / "update.manifest").write_bytes(write_blob(output / "update.blob", personal).pack())
+
+    with pytest.raises(TrainingError, match=r"personal\.head\.weight, but personal tensors never leave"):
+        results.finish(WORK, output)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code under test may catch it."""
+
+
+def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """End the process, so to speak, before the disk is touched once more than `step` times."""
+    left = iter(range(step))
+
+    def dying(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            if next(left, None) is None:
+                raise Killed
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("sync_folder", "sync_tree", "remove", "share", "write_durably"):
+        patch.setattr(results_module, name, dying(getattr(results_module, name)))
+    patch.setattr(Path, "rename", dying(Path.rename))
+
+
+def test_a_kill_at_any_step_of_keeping_a_result_leaves_one_whole_personal_state(tmp_path: Path) -> None:
+    """Fails when the personal state is promoted before the result has its name, or the old one removed first."""
+    seen, whole = [], False
+    for step in range(40):
+        (place := tmp_path / str(step)).mkdir()
+        results = Results(folder(place))
+        results.finish(WORK, worked(results, place))
+        output = worked(results, place, round_number=2, work=b"\2" * 32)
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            kill_at(step, patch)
+            results.finish(b"\2" * 32, output)
+            whole = True
+
+        again = Results(folder(place))
+        again.recover()
+
+        rounds = personal_round(again)
+        record = ModelRecord.model_validate_json(folder(place).model_record.read_bytes())
+        assert rounds == (2 if again.find(b"\2" * 32) else 1)
+        assert (record.round, record.personal) == (rounds, again.personal)
+        assert record.shared.blob.stat().st_size == 16
+        seen.append(rounds)
+        if whole:
+            break
+    assert set(seen) == {1, 2}
+    assert whole
+
+
+def test_a_second_daemon_on_the_same_site_is_refused_and_named(tmp_path: Path) -> None:
+    state = SiteState(folder(tmp_path))
+
+    with pytest.raises(StorageError, match=r"another node runs on .*, process \d+"):
+        SiteState(folder(tmp_path))
+
+    state.close()
+    SiteState(folder(tmp_path)).close()
+
+
+def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -> None:
+    state = SiteState(folder(tmp_path))
+    weights = BlobManifest.unpack(model(tmp_path).manifest.read_bytes())
+    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60, model=weights)
+    for work in (b"\1" * 32, b"\2" * 32, task.work):
+        state.results.finish(work, worked(state.results, tmp_path, work=work))
+    for manifest in (weights, write_blob(tmp_path / "other", {"v": np.ones(4, np.float32)})):
+        state.blobs.open(manifest.id, manifest.size)
+        state.blobs.finish(manifest.id, manifest)
+
+    state.commit(task)
+
+    assert [path.name for path in (tmp_path / "hospital_a/state/work").iterdir()] == [task.work.hex()]
+    assert state.blobs.stored() == {weights.id}
+    state.close()
+
+
+def test_a_kept_result_that_rotted_on_disk_is_done_again(tmp_path: Path) -> None:
+    state = SiteState(folder(tmp_path))
+    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60)
+    state.results.finish(task.work, worked(state.results, tmp_path, work=task.work))
+    (tmp_path / "hospital_a/state/work" / task.work.hex() / "update.blob").write_bytes(b"short")
+
+    assert state.finished(task) is None
+    assert not (tmp_path / "hospital_a/state/work" / task.work.hex()).exists()
+    state.close()
