@@ -18,8 +18,12 @@ def main() -> None:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == parent:
+    if os.getppid() != parent:
+        return
+    try:
         os.execvp(command[0], command)  # noqa: S606 - that it runs without a shell is the point
+    except OSError as error:
+        sys.exit(f"worker: {command[0]} cannot be started: {error.strerror}")
 
 
 if __name__ == "__main__":

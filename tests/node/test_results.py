@@ -182,7 +182,7 @@ def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kill_at_any_step_of_keeping_a_result_leaves_one_whole_personal_state(tmp_path: Path) -> None:
-    """Fails when the personal state is promoted before the result has its name, or the old one removed first."""
+    """Fails when the personal state is promoted before the result has its name."""
     seen, whole = [], False
     for step in range(40):
         (place := tmp_path / str(step)).mkdir()

@@ -1,0 +1,170 @@
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+import zmq.auth.thread
+from zmq.utils import z85
+
+from fedoap.errors import MessageError
+from fedoap.identity import KeyPair, curve_keys
+from fedoap.messages import Bye, Idle, Open, encode
+from fedoap_node.link import Address, Link, News
+
+SERVER, SITE, OTHER = (curve_keys(bytes([n]) * 32) for n in (1, 2, 3))
+Context = zmq.Context[zmq.Socket[bytes]]
+
+
+@pytest.fixture
+def context() -> Iterator[Context]:
+    with zmq.Context() as made:
+        yield made
+
+
+class Door:
+    """A ROUTER that lets in whoever holds the site's key, as the coordinator does."""
+
+    def __init__(self, context: Context, port: int = 0) -> None:
+        self._guard = zmq.auth.thread.ThreadAuthenticator(context)
+        self._guard.start()
+        self._guard.configure_curve_callback("fedoap", self)
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.socket.curve_server = True
+        self.socket.curve_publickey, self.socket.curve_secretkey = SERVER.public, SERVER.secret
+        self.socket.zap_domain = b"fedoap"
+        self.socket.bind(f"tcp://127.0.0.1:{port or '*'}")
+        self.endpoint = str(self.socket.get_string(zmq.LAST_ENDPOINT))
+
+    def callback(self, _domain: str, key: bytes) -> bool:
+        return bytes(z85.decode(key)) == SITE.public
+
+    def close(self) -> None:
+        self.socket.close(0)
+        self._guard.stop()
+
+
+@pytest.fixture
+def door(context: Context) -> Iterator[Door]:
+    made = Door(context)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def dial(context: Context) -> Iterator[Callable[..., Link]]:
+    made: list[Link] = []
+
+    def make(endpoint: str, keys: KeyPair = SITE, server: KeyPair = SERVER) -> Link:
+        made.append(Link(context, Address(endpoint, server.public), keys))
+        return made[-1]
+
+    yield make
+    for link in made:
+        link.close()
+
+
+def wait_for(link: Link, wanted: News, seconds: float = 8.0) -> list[News]:
+    """Return the news up to the one that is wanted."""
+    deadline = time.monotonic() + seconds
+    heard: list[News] = []
+    while time.monotonic() < deadline:
+        link.monitor.poll(50)
+        heard += link.news(time.monotonic())
+        link.dial(time.monotonic())
+        if wanted in heard:
+            return heard
+    raise AssertionError(f"{wanted} did not come, only {heard}")
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_messages_pass_both_ways_once_the_link_is_up(door: Door, dial: Callable[..., Link]) -> None:
+    link = dial(door.endpoint)
+    wait_for(link, News.UP)
+
+    assert link.send(Bye())
+    route, header, body = door.socket.recv_multipart()
+    door.socket.send_multipart([route, encode(Idle("waiting", "for hospital_b")), b""])
+    link.socket.poll(5000)
+
+    assert (header, body) == (encode(Bye()), b"")
+    assert [answer[0] for answer in link.receive() if not isinstance(answer, MessageError)] == [
+        Idle("waiting", "for hospital_b")
+    ]
+
+
+@pytest.mark.parametrize("frames", [[b"x"], [b"x", b"", b""], [b"\xc1", b""], [encode(Open(1, "s")), b""]])
+def test_what_is_no_message_of_the_coordinator_is_told_as_an_error(
+    door: Door, dial: Callable[..., Link], frames: list[bytes]
+) -> None:
+    link = dial(door.endpoint)
+    wait_for(link, News.UP)
+    link.send(Bye())
+    route = door.socket.recv_multipart()[0]
+
+    door.socket.send_multipart([route, *frames])
+    link.socket.poll(5000)
+
+    assert [type(answer) for answer in link.receive()] == [MessageError]
+
+
+def test_a_key_that_is_not_enrolled_is_told_as_refused(door: Door, dial: Callable[..., Link]) -> None:
+    link = dial(door.endpoint, OTHER)
+
+    wait_for(link, News.KEY_REFUSED)
+
+    assert not link.up
+
+
+def test_a_server_without_the_coordinator_s_key_is_a_stranger(door: Door, dial: Callable[..., Link]) -> None:
+    link = dial(door.endpoint, SITE, OTHER)
+
+    wait_for(link, News.STRANGER)
+
+    assert not link.up
+
+
+def test_pauses_between_failed_handshakes_grow(door: Door, dial: Callable[..., Link]) -> None:
+    """Fails when the pauses are left to libzmq, which dials again at once after each failed handshake."""
+    link = dial(door.endpoint, SITE, OTHER)
+    started = time.monotonic()
+    for _ in range(4):
+        wait_for(link, News.STRANGER)
+
+    assert time.monotonic() - started > 0.1 + 0.2 + 0.4
+
+
+def test_nobody_at_the_address_is_told_and_the_link_comes_up_later(context: Context, dial: Callable[..., Link]) -> None:
+    port = unused_port()
+    link = dial(f"tcp://127.0.0.1:{port}")
+    wait_for(link, News.NO_ANSWER)
+
+    door = Door(context, port)
+    wait_for(link, News.UP)
+
+    door.close()
+
+
+def test_nothing_said_while_the_link_is_down_arrives_later(context: Context, dial: Callable[..., Link]) -> None:
+    """Fails without ZMQ_IMMEDIATE: libzmq then keeps messages for the next connection."""
+    port = unused_port()
+    link = dial(f"tcp://127.0.0.1:{port}")
+    assert not link.send(Bye())
+    door = Door(context, port)
+    wait_for(link, News.UP)
+    door.close()
+    wait_for(link, News.DOWN)
+
+    link.send(Bye())
+    door = Door(context, port)
+    wait_for(link, News.UP)
+    link.send(Open(1, "again"))
+
+    assert door.socket.recv_multipart()[1] == encode(Open(1, "again"))
+    door.close()
