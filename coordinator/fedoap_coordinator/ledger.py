@@ -112,6 +112,10 @@ class Ledger:
             return bytes(value)
         return None
 
+    def set_fact(self, name: str, value: bytes) -> None:
+        """Set a named value."""
+        self._run("insert or replace into facts values(?,?)", name, value)
+
     def claim(self, name: str, value: bytes) -> None:
         """Set a named value unless it is set."""
         self._run("insert or ignore into facts values(?,?)", name, value)

@@ -9,10 +9,12 @@ done again by the protocol (its row is missing) or deleted at the next start (no
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from fedoap.config import BlobFiles
 from fedoap.errors import StorageError
 from fedoap.protocol.events import (
+    DropPart,
     FinishPart,
     OpenPart,
     RecordClosed,
@@ -27,6 +29,7 @@ from fedoap.tensors import BlobManifest
 from fedoap_coordinator.blobs import Blobs, Trouble
 from fedoap_coordinator.ledger import Ledger, TaskRow
 
+StoreEffect: TypeAlias = OpenPart | WritePart | FinishPart | DropPart | RecordOpened | RecordClosed
 KEPT_RESULTS = 2
 """So many models and banks are kept: the current one, and the one that a site may still be fetching."""
 
@@ -54,31 +57,23 @@ class Store:
         """Return what was durable when the last coordinator ended."""
         return replay(self._records())
 
-    def open_part(self, effect: OpenPart) -> StoreFailed | None:
-        """Make room for an upload, or say why not."""
-        return _failed(effect.part, self.blobs.open_part(effect.part, effect.size))
-
-    def write_part(self, effect: WritePart) -> StoreFailed | None:
-        """Write a chunk, or say why not."""
-        return _failed(effect.part, self.blobs.write_part(effect.part, effect.at, effect.data))
-
-    def finish_part(self, effect: FinishPart) -> Stored | StoreFailed:
-        """Make an upload durable and record it, or say why not."""
-        assert effect.upload is not None, "a coordinator stores uploads only"
-        trouble = self.blobs.finish_part(effect.part, effect.blob)
-        if trouble:
-            return StoreFailed(effect.part, *trouble)
-        self.ledger.add_update(effect.part, effect.site, effect.upload, effect.signature, self._clock())
-        return Stored(effect.part)
-
-    def record_opened(self, effect: RecordOpened) -> None:
-        """Write down that a task is announced."""
-        self.ledger.open_task(effect.task, effect.packed, effect.signature, self._clock())
-
-    def record_closed(self, effect: RecordClosed) -> None:
-        """Write down how a task ended, and delete what is of no more use."""
-        self.ledger.close_task(effect, self._clock())
-        self.blobs.keep_only(self._needed())
+    def apply(self, effect: StoreEffect) -> Stored | StoreFailed | None:
+        """Carry out what a machine asks of the disk, and return what it waits for, if anything."""
+        match effect:
+            case OpenPart(part, size):
+                return _failed(part, self.blobs.open_part(part, size))
+            case WritePart(part, at, data):
+                return _failed(part, self.blobs.write_part(part, at, data))
+            case FinishPart():
+                return self._finish(effect)
+            case DropPart(part):
+                self.blobs.drop_part(part)
+            case RecordOpened(task, _, packed, signature):
+                self.ledger.open_task(task, packed, signature, self._clock())
+            case RecordClosed():
+                self.ledger.close_task(effect, self._clock())
+                self.blobs.keep_only(self._needed())
+        return None
 
     def publish(self, made: Made) -> None:
         """Take a result over: from now on sites may fetch it."""
@@ -92,6 +87,14 @@ class Store:
         """Return where a blob lies, or with `exact` its float32 original where it was rounded."""
         master = self.blobs.master(manifest.id)
         return master if exact and master.blob.exists() else self.blobs.files(manifest.id)
+
+    def _finish(self, effect: FinishPart) -> Stored | StoreFailed:
+        assert effect.upload is not None, "a coordinator stores uploads only"
+        trouble = self.blobs.finish_part(effect.part, effect.blob)
+        if trouble:
+            return StoreFailed(effect.part, *trouble)
+        self.ledger.add_update(effect.part, effect.site, effect.upload, effect.signature, self._clock())
+        return Stored(effect.part)
 
     def _records(self) -> Iterator[Record]:
         for row in self.ledger.tasks():

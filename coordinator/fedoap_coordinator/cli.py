@@ -1,0 +1,145 @@
+"""`fedoap-coordinator`: run a federation, invite and revoke sites, say how it stands and what came out."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+import fedoap
+from fedoap.config import FederationConfig, load_federation
+from fedoap.errors import ConfigError, FedoapError
+from fedoap.identity import SECRET_BYTES, fingerprint
+from fedoap_coordinator import reports
+from fedoap_coordinator.enrolment import SECONDS_PER_HOUR, Enrolment, check_site
+from fedoap_coordinator.folder import Keys, open_ledger, prepare, running
+from fedoap_coordinator.ledger import Ledger
+
+config_option = click.option(
+    "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="The federation's fed.toml."
+)
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@config_option
+@click.option("--exit-when-finished", is_flag=True, help="End when the last round is over and the sites know.")
+@click.version_option(fedoap.__version__, prog_name="fedoap-coordinator")
+@click.pass_context
+def cli(context: click.Context, config_path: Path | None, exit_when_finished: bool) -> None:
+    r"""Coordinate a federation: tell sites what to train, merge what they send, keep the shared model.
+
+    \b
+    Example:
+      fedoap-coordinator invite hospital_a --config fed.toml
+      fedoap-coordinator --config fed.toml
+    """
+    if context.invoked_subcommand is None:
+        from rich.console import Console as Terminal
+
+        from fedoap_coordinator.service import run
+
+        run(_load(context, config_path), Terminal(), exit_when_finished=exit_when_finished)
+
+
+@cli.command()
+@click.argument("site")
+@config_option
+@click.option("--valid-hours", type=click.FloatRange(min=0, min_open=True), default=72, show_default=True)
+@click.pass_context
+def invite(context: click.Context, site: str, config_path: Path | None, valid_hours: float) -> None:
+    """Print a one-time token with which SITE can join; give it to nobody else."""
+    config, now = _load(context, config_path), time.time()
+    with _opened(config) as (keys, ledger):
+        if ledger.roster().active(site):
+            click.echo(f"{site} is enrolled already; joining with this token replaces its keys", err=True)
+        expires = int(now + valid_hours * SECONDS_PER_HOUR)
+        token = Enrolment(config, ledger, keys).invite(site, expires, now, os.urandom(SECRET_BYTES))
+    click.echo(token.encode())
+
+
+@cli.command()
+@click.argument("site")
+@config_option
+@click.pass_context
+def revoke(context: click.Context, site: str, config_path: Path | None) -> None:
+    """Shut SITE out, now: its key opens nothing any more, its open tokens are void."""
+    config = _load(context, config_path)
+    with _opened(config) as (_, ledger):
+        if not ledger.revoke(site, time.time()):
+            check_site(config, site)
+            raise ConfigError(f"{site}: has neither joined nor an open invitation, so there is nothing to revoke")
+    click.echo(f"{site} is revoked; to let it in again: fedoap-coordinator invite {site}")
+
+
+@cli.command()
+@config_option
+@click.pass_context
+def sites(context: click.Context, config_path: Path | None) -> None:
+    """List the sites, their keys' fingerprints and open invitations."""
+    config = _load(context, config_path)
+    with _opened(config) as (keys, ledger):
+        click.echo(f"federation {config.federation}, key {fingerprint(keys.signing.public)}")
+        for line in reports.site_lines(config, ledger, time.time()):
+            click.echo(line)
+
+
+@cli.command()
+@config_option
+@click.pass_context
+def status(context: click.Context, config_path: Path | None) -> None:
+    """Say whether the coordinator runs, what is under way, and who is waited for."""
+    config = _load(context, config_path)
+    with _opened(config) as (_, ledger):
+        for line in reports.status_lines(config, ledger, running(config.coordinator.state)):
+            click.echo(line)
+
+
+@cli.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, the form that programs read.")
+@click.pass_context
+def results(context: click.Context, config_path: Path | None, as_json: bool) -> None:
+    """Print every exchange: how it ended, who took part, with what figures."""
+    config = _load(context, config_path)
+    with _opened(config) as (_, ledger):
+        run = reports.results(config, ledger)
+    click.echo(json.dumps(run, indent=1) if as_json else "\n".join(reports.result_lines(run)))
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@config_option
+@click.pass_context
+def export(context: click.Context, folder: Path, config_path: Path | None) -> None:
+    """Write the newest shared model and bank into FOLDER, with the model.json that `fedoap predict` reads."""
+    config = _load(context, config_path)
+    with _opened(config) as (_, ledger):
+        record = reports.export(config, ledger, folder)
+    click.echo(f"{folder / 'model.json'}: shared model after round {record.round}")
+
+
+def main() -> None:
+    """Run the command line; what a user can set right is one line and exit code 2."""
+    try:
+        cli.main(prog_name="fedoap-coordinator", standalone_mode=True)
+    except FedoapError as error:
+        click.echo(f"fedoap-coordinator: {error}", err=True)
+        sys.exit(2)
+
+
+def _load(context: click.Context, path: Path | None) -> FederationConfig:
+    chosen = path or context.find_root().params.get("config_path")
+    if chosen is None:
+        raise click.UsageError("name the configuration: --config fed.toml")
+    return load_federation(chosen)
+
+
+@contextmanager
+def _opened(config: FederationConfig) -> Iterator[tuple[Keys, Ledger]]:
+    keys = prepare(config.coordinator.state)
+    with open_ledger(config) as ledger:
+        yield keys, ledger

@@ -1,0 +1,188 @@
+"""The coordinator's daemon: one thread that waits, decodes, lets the machine decide, and carries out its effects."""
+
+import json
+import time
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from fedoap.errors import FedoapError, MessageError
+from fedoap.messages import Enrol, Refuse
+from fedoap.protocol.coordinator import Coordinator
+from fedoap.protocol.events import (
+    Aggregate,
+    Aggregated,
+    AggregateFailed,
+    CoordinatorEffect,
+    CoordinatorEvent,
+    Malformed,
+    Note,
+    Received,
+    RosterChanged,
+    Send,
+    SendBlob,
+    Stopping,
+    Stored,
+    StoreFailed,
+    Tick,
+)
+from fedoap_coordinator.console import Console, View
+from fedoap_coordinator.enrolment import Enrolment
+from fedoap_coordinator.journal import Journal
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.merging import Merging
+from fedoap_coordinator.port import Arrived, Port
+from fedoap_coordinator.reports import STATUS
+from fedoap_coordinator.store import Store
+from fedoap_coordinator.zap import Doors, Invitee, Site, Zap
+
+TICK_SECONDS = 0.25
+BUSY_MILLISECONDS = 5
+"""Pause while a download waits for room or a result is being merged."""
+FAREWELL_SECONDS = 10.0
+"""A finished run that is to end by itself waits at most so long for the sites to take their leave."""
+
+FollowUp: TypeAlias = Stored | StoreFailed | Aggregated | AggregateFailed
+
+
+@dataclass(slots=True)
+class Daemon:
+    """A federation's coordinator while it runs."""
+
+    machine: Coordinator
+    port: Port
+    zap: Zap
+    ledger: Ledger
+    store: Store
+    merging: Merging
+    enrolment: Enrolment
+    console: Console
+    journal: Journal
+    state: Path
+    stopping: bool = False
+    _moved: Counter[str] = field(default_factory=Counter)
+    _version: int = -1
+    _next_tick: float = 0.0
+    _over_since: float | None = None
+
+    def serve(self, *, exit_when_finished: bool) -> None:
+        """Serve until a signal, or with `exit_when_finished` until the run is over and the sites know."""
+        self._carry_out_all(self.machine.start(time.monotonic()))
+        wait = 0
+        while not self.stopping and not (exit_when_finished and self._is_over()):
+            self.port.socket.poll(wait)
+            for arrived in self.port.receive():
+                self._take(arrived)
+            sending = self.port.pump()
+            merged = self.merging.poll()
+            if merged:
+                self._handle(merged)
+            self._tick()
+            busy = self.merging.busy or sending == "blocked"
+            wait = 0 if sending == "more" else BUSY_MILLISECONDS if busy else int(TICK_SECONDS * 1000)
+        self._handle(Stopping())
+
+    def note(self, note: Note) -> None:
+        """Log a note and show it."""
+        if self.journal.write(note):
+            self.console.note(note)
+
+    def _take(self, arrived: Arrived) -> None:
+        content = arrived.content
+        match self.zap.doors.peers.get(arrived.user):
+            case Site(name):
+                self._moved[name] += len(arrived.body)
+                self._handle(_event(name, arrived))
+            case Invitee(token_key) if isinstance(content, Enrol):
+                self._enrol(token_key, content, arrived.route)
+            case Invitee():
+                self._refuse(arrived, Refuse("token", "an invitation's key lets you enrol and nothing else"))
+            case None:
+                self._refuse(arrived, Refuse("revoked", "this key was revoked or replaced; ask for an invitation"))
+
+    def _enrol(self, token_key: bytes, request: Enrol, route: bytes) -> None:
+        answer = self.enrolment.answer(token_key, request, time.time())
+        if answer.joined:
+            self.note(Note("enrolled", {"site": request.site}))
+            self._look_at_roster()
+        if isinstance(answer.message, Refuse):
+            fields = {"site": request.site, "code": answer.message.code, "reason": answer.message.reason}
+            self.note(Note("refused", dict(fields)))
+        self.port.send(route, answer.message, answer.body)
+
+    def _refuse(self, arrived: Arrived, answer: Refuse) -> None:
+        site = arrived.user.removeprefix("enrol:").partition(":")[0]
+        self.note(Note("refused", {"site": site, "code": answer.code, "reason": answer.reason}))
+        self.port.send(arrived.route, answer)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now < self._next_tick:
+            return
+        self._next_tick = now + TICK_SECONDS
+        self.zap.check()
+        if self.ledger.version != self._version:
+            self._look_at_roster()
+        self._handle(Tick())
+        status = self.machine.status()
+        self.console.show(View(status, self._moved, now))
+        draft = self.state / f".{STATUS}"
+        draft.write_text(json.dumps({"time": time.time(), "status": asdict(status)}))
+        draft.replace(self.state / STATUS)
+
+    def _look_at_roster(self) -> None:
+        self._version = self.ledger.version
+        roster = self.ledger.roster()
+        self.zap.doors = Doors.of(roster, self.ledger.invites())
+        self._handle(RosterChanged(roster))
+
+    def _is_over(self) -> bool:
+        status = self.machine.status()
+        if status.state not in ("finished", "stopped"):
+            return False
+        now = time.monotonic()
+        self._over_since = self._over_since or now
+        gone = all(site.state in ("absent", "silent", "revoked") for site in status.sites)
+        if not gone and now - self._over_since < FAREWELL_SECONDS:
+            return False
+        if status.state == "stopped":
+            raise FedoapError(f"federation stopped: {status.reason}")
+        return True
+
+    def _handle(self, event: CoordinatorEvent) -> None:
+        events = deque([event])
+        while events:
+            event = events.popleft()
+            effects = self.machine.handle(event, time.monotonic())
+            events += self._carry_out_all(effects, event.site if isinstance(event, Received) else "")
+
+    def _carry_out_all(self, effects: list[CoordinatorEffect], site: str = "") -> list[FollowUp]:
+        follow_ups = []
+        for effect in effects:
+            if isinstance(effect, SendBlob):
+                self._moved[site] += effect.upto - effect.at
+            follow_up = self._carry_out(effect)
+            if follow_up:
+                follow_ups.append(follow_up)
+        return follow_ups
+
+    def _carry_out(self, effect: CoordinatorEffect) -> FollowUp | None:
+        match effect:
+            case Send(route, message, body):
+                self.port.send(route, message, body)
+            case SendBlob():
+                self.port.send_blob(effect)
+            case Aggregate():
+                return self.merging.start(effect)
+            case Note():
+                self.note(effect)
+            case _:
+                return self.store.apply(effect)
+        return None
+
+
+def _event(site: str, arrived: Arrived) -> Received | Malformed:
+    if isinstance(arrived.content, MessageError):
+        return Malformed(site, arrived.route, str(arrived.content))
+    return Received(site, arrived.route, arrived.content, arrived.body)

@@ -1,0 +1,114 @@
+"""How a site becomes a member: invitations, and the answer to whoever presents one.
+
+The operator's `invite` prints a token and keeps only the public half of the CURVE key that follows
+from its secret. A connection under that key may send `Enrol` and nothing else. A token that was used,
+withdrawn or has expired still opens a connection, so that the site can be told which it is.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+from fedoap.config import FederationConfig
+from fedoap.errors import ConfigError
+from fedoap.identity import ENROL_CONTEXT, Certificate, Member, Token, enrol_payload, is_signed
+from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, RefusalCode, Refuse
+from fedoap_coordinator.folder import Keys, invited_endpoint
+from fedoap_coordinator.ledger import Invite, Ledger
+
+SECONDS_PER_HOUR = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the invited site is told; `joined` where the roster changed."""
+
+    message: Enrolled | Refuse
+    body: bytes = b""
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """Invites sites and takes them in; `now` is Unix time in seconds."""
+
+    config: FederationConfig
+    ledger: Ledger
+    keys: Keys
+
+    def invite(self, site: str, expires: int, now: float, secret: bytes) -> Token:
+        """Return a new token for a site of the federation; its earlier unused ones are withdrawn.
+
+        Raises:
+            ConfigError: the site is not one of the configuration's, or the address is not known yet.
+        """
+        check_site(self.config, site)
+        endpoint, federation = invited_endpoint(self.config.coordinator), self.config.federation
+        token = Token(federation, site, endpoint, self.keys.curve.public, self.keys.signing.public, expires, secret)
+        self.ledger.add_invite(token.curve_pair()[0], site, now, expires)
+        return token
+
+    def answer(self, token_key: bytes, message: Enrol, now: float) -> Answer:
+        """Return the answer to a new site; where it is `Enrolled`, the roster durably holds its keys.
+
+        A site whose first answer was lost asks again under its used token: the same keys get the same answer.
+        """
+        given = next((one for one in self.ledger.invites() if one.token_key == token_key), None)
+        new = Member(message.site, message.curve_key, message.signing_key)
+        if given is None or given.site != new.name:
+            return _no("token", f"this token does not invite {new.name}; ask the operator for one that does")
+        objection = self._objection(given, new, message)
+        if objection:
+            return objection
+        if given.used and self.ledger.roster().active(new.name) == new:
+            return self._yes(new)
+        if given.used or given.withdrawn or now >= given.expires:
+            return _unusable(given, now)
+        self.ledger.enrol(token_key, new, now)
+        return self._yes(new, joined=True)
+
+    def _objection(self, given: Invite, new: Member, message: Enrol) -> Answer | None:
+        keys = (new.curve_key, new.signing_key)
+        payload = enrol_payload(self.config.federation, new.name, given.token_key, keys, message.protocol)
+        others = [member for member in self.ledger.roster().members if member.name != new.name]
+        taken = {key for one in others for key in (one.curve_key, one.signing_key)}
+        taken |= {one.token_key for one in self.ledger.invites()}
+        if message.protocol != PROTOCOL_VERSION:
+            spoken = f"the site speaks protocol {message.protocol}, the coordinator {PROTOCOL_VERSION}"
+            return _no("version", f"{spoken}; upgrade the older of the two")
+        if not is_signed(new.signing_key, message.signature, ENROL_CONTEXT, payload):
+            return _no("bad_signature", "the request is not signed by the key that it presents; join again")
+        if taken & set(keys):
+            return _no("exists", "one of these keys belongs to another; each site makes its own: join again")
+        return None
+
+    def _yes(self, member: Member, *, joined: bool = False) -> Answer:
+        keys = (member.curve_key, member.signing_key)
+        certificate = Certificate.issue(self.keys.signing.secret, self.config.federation, member.name, keys)
+        return Answer(Enrolled(member.name), certificate.pack(), joined)
+
+
+def check_site(config: FederationConfig, site: str) -> None:
+    """Return if the site is one of the configuration's.
+
+    Raises:
+        ConfigError: it is not, and which name is nearest.
+    """
+    if site not in config.sites:
+        near = difflib.get_close_matches(site, config.sites, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"site is {site}, but the configuration lists {', '.join(config.sites)}{hint}")
+
+
+def _unusable(given: Invite, now: float) -> Answer:
+    if given.used:
+        why = f"this token was used already; if it was not {given.site} that used it, have {given.site} revoked at once"
+    elif given.withdrawn:
+        why = f"this token was withdrawn, or a newer one was made for {given.site}; use that"
+    else:
+        hours = (now - given.expires) / SECONDS_PER_HOUR
+        why = f"this token expired {hours:.1f} hours ago by the coordinator's clock"
+    return _no("token", f"{why}; a new one is made by: fedoap-coordinator invite {given.site}")
+
+
+def _no(code: RefusalCode, reason: str) -> Answer:
+    return Answer(Refuse(code, reason))

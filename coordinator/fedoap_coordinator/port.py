@@ -1,0 +1,189 @@
+"""The coordinator's one socket: a CURVE ROUTER that bounds what any peer can make it hold.
+
+Three frames a message: ZeroMQ's return address, header, body. Whoever a message is from is told by
+its own User-Id, never by its return address. Bytes of blobs leave under two limits, for each return
+address and for all together, counted until libzmq has encrypted them: so memory depends neither on
+the number of sites nor on the speed of their lines.
+"""
+
+import resource
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import zmq
+
+from fedoap.errors import ConfigError, MessageError
+from fedoap.identity import KeyPair
+from fedoap.messages import CHUNK_BYTES, MAX_MESSAGE_BYTES, Data, FromCoordinator, FromSite, decode_from_site, encode
+from fedoap.protocol.events import SendBlob
+from fedoap_coordinator.zap import DOMAIN
+
+RECEIVE_QUEUE = 12
+"""Messages of one connection that may wait unread: a window of 8 chunks and some small ones."""
+SEND_QUEUE = 64
+CHUNKS_PER_ROUTE = 4
+CHUNKS_IN_ALL = 48
+BATCH = 64
+"""Messages read, or chunks sent, before the loop looks at anything else."""
+REQUESTS_PER_ROUTE = 32
+FRAMES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """One message as it came: `content` is the reason where it is not a message."""
+
+    user: str
+    route: bytes
+    content: FromSite | MessageError
+    body: memoryview = field(default=memoryview(b""))
+
+
+@dataclass(slots=True)
+class _Download:
+    route: bytes
+    blob: bytes
+    at: int
+    upto: int
+
+
+class Port:
+    """The bound socket; `read` gives bytes of a stored blob, or nothing where it is gone."""
+
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", keys: KeyPair, read: Callable[[bytes, int, int], bytes | None]
+    ) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self._read = read
+        self._downloads: deque[_Download] = deque()
+        self._inflight: dict[bytes, list[zmq.MessageTracker]] = {}
+        _configure(self.socket, keys)
+
+    def bind(self, endpoint: str, last: str | None) -> str:
+        """Listen, on the port used last where the endpoint leaves it open, and return the real endpoint.
+
+        Raises:
+            ConfigError: the address is taken or not this machine's.
+        """
+        self.socket.ipv6 = "[" in endpoint
+        port = last.rpartition(":")[2] if last and endpoint.endswith(":*") else ""
+        for wish in ([endpoint[:-1] + port] if port else []) + [endpoint]:
+            try:
+                self.socket.bind(wish)
+            except zmq.ZMQError as error:
+                reason = error.strerror
+            else:
+                return self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        raise ConfigError(f"coordinator.bind is {endpoint}, but nothing can listen there: {reason}")
+
+    def receive(self) -> Iterator[Arrived]:
+        """Yield the messages that have come, at most a batch of them."""
+        for _ in range(BATCH):
+            try:
+                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            yield _open(frames)
+
+    def send(self, route: bytes, message: FromCoordinator, body: bytes = b"") -> bool:
+        """Send a message unless the peer is gone or does not read: it asks again."""
+        try:
+            self.socket.send_multipart([route, encode(message), body], zmq.DONTWAIT)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def send_blob(self, effect: SendBlob) -> None:
+        """Send bytes of a blob as soon as there is room; what is under way is not begun twice."""
+        mine = [one for one in self._downloads if one.route == effect.route]
+        if len(mine) < REQUESTS_PER_ROUTE and all(one.upto != effect.upto or one.blob != effect.blob for one in mine):
+            self._downloads.append(_Download(effect.route, effect.blob, effect.at, effect.upto))
+
+    def pump(self) -> Literal["idle", "blocked", "more"]:
+        """Send what there is room for of the blobs under way, a chunk each in turn, at most a batch."""
+        blocked = 0
+        for _ in range(BATCH):
+            if blocked == len(self._downloads):
+                break
+            download = self._downloads.popleft()
+            sent = self._has_room(download.route) and self._send_chunk(download)
+            blocked = 0 if sent else blocked + 1
+            if download.at < download.upto:
+                self._downloads.append(download)
+        if not self._downloads:
+            return "idle"
+        return "blocked" if blocked == len(self._downloads) else "more"
+
+    def close(self, linger_milliseconds: int = 0) -> None:
+        """Close the socket; small messages may leave for so long."""
+        self.socket.close(linger_milliseconds)
+
+    def _has_room(self, route: bytes) -> bool:
+        self._inflight = {
+            key: left for key, all_ in self._inflight.items() if (left := [t for t in all_ if not t.done])
+        }
+        mine, in_all = len(self._inflight.get(route, ())), sum(map(len, self._inflight.values()))
+        return mine < CHUNKS_PER_ROUTE and in_all < CHUNKS_IN_ALL
+
+    def _send_chunk(self, download: _Download) -> bool:
+        size = min(CHUNK_BYTES, download.upto - download.at)
+        data = self._read(download.blob, download.at, size)
+        if data is None or len(data) != size:
+            download.at = download.upto
+            return True
+        body = zmq.Frame(data, track=True, copy=False)
+        try:
+            header = encode(Data(download.blob, download.at))
+            self.socket.send_multipart([download.route, header, body], zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError:
+            download.at = download.upto
+            return True
+        download.at += size
+        assert isinstance(body.tracker, zmq.MessageTracker)
+        self._inflight.setdefault(download.route, []).append(body.tracker)
+        return True
+
+
+def raise_descriptor_limit(sites: int) -> None:
+    """Allow as many open files as the sites' connections may need, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wish = max(soft, 4 * sites + 256)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wish if hard == resource.RLIM_INFINITY else min(wish, hard), hard))
+
+
+def _configure(socket: "zmq.Socket[bytes]", keys: KeyPair) -> None:
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    # Either of these alone would let every key in while no handler answers.
+    socket.zap_domain = DOMAIN.encode()
+    socket.zap_enforce_domain = True
+    socket.maxmsgsize = MAX_MESSAGE_BYTES
+    socket.rcvhwm, socket.sndhwm = RECEIVE_QUEUE, SEND_QUEUE
+    socket.router_mandatory = True
+    socket.router_handover = False
+    socket.handshake_ivl = 5_000
+    socket.heartbeat_ivl, socket.heartbeat_timeout, socket.heartbeat_ttl = 5_000, 30_000, 30_000
+    socket.backlog = 1024
+    socket.linger = 0
+
+
+def _open(frames: list[zmq.Frame]) -> Arrived:
+    user, route = _user(frames[0]), frames[0].bytes
+    if len(frames) != FRAMES:
+        return Arrived(user, route, MessageError(f"message has {len(frames)} frames, but must have {FRAMES}"))
+    body = frames[2].buffer
+    try:
+        return Arrived(user, route, decode_from_site(frames[1].buffer, len(body)), body)
+    except MessageError as error:
+        return Arrived(user, route, error)
+
+
+def _user(frame: zmq.Frame) -> str:
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""

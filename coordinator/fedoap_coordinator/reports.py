@@ -1,0 +1,167 @@
+"""What the ledger has to tell: sites, state, results, the model for use elsewhere."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypedDict
+
+from fedoap.config import BlobFiles, FederationConfig, ModelRecord
+from fedoap.errors import StorageError
+from fedoap.identity import fingerprint
+from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
+from fedoap_coordinator.ledger import Ledger, TaskRow
+
+STATUS = "status.json"
+
+
+class SiteFigures(TypedDict):
+    """What one site gave to one exchange."""
+
+    cases: int
+    bytes: int
+    metrics: dict[str, float]
+
+
+class ExchangeFigures(TypedDict):
+    """One exchange; `outcome` and `seconds` are null while it is open."""
+
+    kind: str
+    round: int
+    attempt: int
+    outcome: str | None
+    seconds: float | None
+    sites: dict[str, SiteFigures]
+
+
+class Results(TypedDict):
+    """All exchanges of a federation."""
+
+    federation: str
+    finished: bool
+    exchanges: list[ExchangeFigures]
+
+
+def results(config: FederationConfig, ledger: Ledger) -> Results:
+    """Return every exchange in the order in which it was opened."""
+    tasks = ledger.tasks()
+    finished = any(row.outcome == "done" and row.manifest.kind == "calibrate" for row in tasks)
+    return {
+        "federation": config.federation,
+        "finished": finished,
+        "exchanges": [_exchange(ledger, row) for row in tasks],
+    }
+
+
+def result_lines(run: Results) -> Iterator[str]:
+    """Yield the results as text, a line for each exchange and one for each site in it."""
+    for one in run["exchanges"]:
+        seconds = "" if one["seconds"] is None else f" in {one['seconds']:.1f} s"
+        yield f"round {one['round']} {one['kind']}, attempt {one['attempt']}: {one['outcome'] or 'open'}{seconds}"
+        for site, figures in one["sites"].items():
+            metrics = "  ".join(f"{name} {value:.4g}" for name, value in sorted(figures["metrics"].items()))
+            yield f"  {site}  cases {figures['cases']}  bytes {figures['bytes']}  {metrics}".rstrip()
+
+
+def site_lines(config: FederationConfig, ledger: Ledger, now: float) -> Iterator[str]:
+    """Yield a line for each site: its keys' fingerprint, or what became of its invitation."""
+    roster, invites = ledger.roster(), ledger.invites()
+    for name in [*config.sites, *(one.name for one in roster.members if one.name not in config.sites)]:
+        member = roster.find(name)
+        open_ones = [one for one in invites if one.site == name and not (one.used or one.withdrawn)]
+        if member and member.revoked:
+            line = "revoked"
+        elif member:
+            line = f"enrolled, key {fingerprint(member.signing_key)}"
+        else:
+            line = "not enrolled"
+        for one in open_ones:
+            hours = (one.expires - now) / 3600
+            line += f", invitation open for {hours:.1f} hours" if hours > 0 else ", invitation expired"
+        yield f"  {name}: {line}" + ("" if name in config.sites else " (not in the configuration)")
+
+
+def status_lines(config: FederationConfig, ledger: Ledger, pid: int | None) -> Iterator[str]:
+    """Yield how the federation stands, as the running coordinator last wrote it or as the ledger has it."""
+    state = config.coordinator.state
+    yield f"coordinator runs as process {pid}" if pid else f"no coordinator runs on {state}"
+    tasks = ledger.tasks()
+    if not tasks:
+        yield "no exchange was opened yet"
+    for row in tasks[-1:]:
+        here = [update.site for update in ledger.updates(row.task)]
+        missing = [name for name in row.manifest.cohort if name not in here]
+        opened = datetime.fromtimestamp(row.opened, UTC).isoformat(timespec="seconds")
+        what = f"round {row.manifest.round} {row.manifest.kind}, attempt {row.manifest.attempt}"
+        yield f"{what}: {row.outcome or 'open'} since {opened}" + ("" if row.outcome else _missing(missing))
+    if pid:
+        yield from _live(state / STATUS)
+
+
+def export(config: FederationConfig, ledger: Ledger, folder: Path) -> ModelRecord:
+    """Copy the newest shared model and bank to a folder, write its `model.json` last, and return that.
+
+    Raises:
+        StorageError: there is no model yet, or the folder cannot be written.
+    """
+    tasks, blobs = ledger.tasks(), config.coordinator.state / "blobs"
+    models = [row for row in tasks if row.result and row.manifest.kind in MODEL_KINDS]
+    banks = [row for row in tasks if row.result and row.manifest.kind in BANK_KINDS]
+    if not models:
+        raise StorageError(f"{config.coordinator.state}: no round is done, so there is no model to export")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shared = _copy(blobs, models[-1].result, folder / "model.blob")
+        bank = _copy(blobs, banks[-1].result, folder / "bank.blob") if banks else None
+        record = ModelRecord(plan=config.plan, round=models[-1].manifest.round, shared=shared, bank=bank)
+        draft = folder / ".model.json"
+        draft.write_text(record.model_dump_json(indent=1))
+        draft.replace(folder / "model.json")
+    except OSError as error:
+        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from None
+    return record
+
+
+def _exchange(ledger: Ledger, row: TaskRow) -> ExchangeFigures:
+    updates = [one for one in ledger.updates(row.task) if one.counted or row.outcome != "done"]
+    return {
+        "kind": row.manifest.kind,
+        "round": row.manifest.round,
+        "attempt": row.manifest.attempt,
+        "outcome": row.outcome,
+        "seconds": None if row.closed is None else round(row.closed - row.opened, 3),
+        "sites": {
+            one.site: {
+                "cases": one.manifest.cases,
+                "bytes": one.manifest.blob.size,
+                "metrics": dict(one.manifest.metrics),
+            }
+            for one in updates
+        },
+    }
+
+
+def _missing(names: list[str]) -> str:
+    return f", waiting for {', '.join(names)}" if names else ", all results are here"
+
+
+def _live(path: Path) -> Iterator[str]:
+    try:
+        view = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return
+    if view["status"]["reason"]:
+        yield view["status"]["reason"]
+    for site in view["status"]["sites"]:
+        heard = "never heard" if site["heard_seconds"] is None else f"heard {site['heard_seconds']:.0f} s ago"
+        stage = f", {site['stage']} {site['step']}/{site['steps']}" if site["steps"] else ""
+        yield f"  {site['name']}: {site['state']}, {heard}{stage}"
+
+
+def _copy(blobs: Path, blob: bytes | None, target: Path) -> BlobFiles:
+    assert blob is not None, "only exchanges with a result are asked for"
+    manifest = target.with_suffix(".manifest")
+    shutil.copyfile(blobs / blob.hex(), target)
+    shutil.copyfile(blobs / f"{blob.hex()}.manifest", manifest)
+    return BlobFiles(blob=target.absolute(), manifest=manifest.absolute())

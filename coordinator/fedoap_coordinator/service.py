@@ -1,0 +1,136 @@
+"""Sets a coordinator up in the one safe order, runs it, and takes it down again.
+
+The folder is locked before anything is read, the ZAP handler runs before the port is bound, the port
+is dialled with a stranger's key before anybody is told that it is ready.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+import zmq
+from rich.console import Console as Terminal
+
+from fedoap import __version__
+from fedoap.config import FederationConfig
+from fedoap.errors import ConfigError, FedoapError, StorageError
+from fedoap.protocol.coordinator import Coordinator
+from fedoap.protocol.events import Note
+from fedoap_coordinator.blobs import Blobs
+from fedoap_coordinator.console import open_console
+from fedoap_coordinator.daemon import Daemon
+from fedoap_coordinator.enrolment import Enrolment
+from fedoap_coordinator.folder import Keys, open_ledger, prepare, read_endpoint, sole_owner, write_endpoint
+from fedoap_coordinator.journal import Journal
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.merging import Merging
+from fedoap_coordinator.port import Port, raise_descriptor_limit
+from fedoap_coordinator.store import Store
+from fedoap_coordinator.zap import Doors, Zap
+
+GOODBYE_MILLISECONDS = 500
+
+
+def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: bool) -> None:
+    """Run a federation's coordinator until a signal or, if so asked, until the run is over.
+
+    Raises:
+        FedoapError: something that the operator can set right; nothing that a site was told is lost.
+    """
+    state = config.coordinator.state
+    keys = prepare(state)
+    with sole_owner(state), open_ledger(config) as ledger, Journal(state / "log.jsonl", time.time) as journal:
+        check_plan(ledger, config)
+        try:
+            with _daemon(config, keys, ledger, journal, terminal) as daemon, _until_signalled(daemon):
+                daemon.serve(exit_when_finished=exit_when_finished)
+        except FedoapError as error:
+            journal.write(Note("ended_by_error", {"reason": str(error)}))
+            raise
+        except OSError as error:
+            raise StorageError(f"{error.filename or state}: the system refused: {error.strerror}") from error
+        journal.write(Note("ended"))
+
+
+def check_plan(ledger: Ledger, config: FederationConfig) -> None:
+    """Return if the run in the ledger was begun with this plan, or has not begun.
+
+    Raises:
+        ConfigError: naming the first setting that differs.
+    """
+    begun = ledger.fact("plan") if ledger.tasks() else None
+    if begun is None:
+        ledger.set_fact("plan", config.plan.to_bytes())
+        return
+    before, after = _flat(json.loads(begun)), _flat(json.loads(config.plan.to_bytes()))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            key_in_file = {"rounds": "rounds.count"}.get(key, key)
+            raise ConfigError(
+                f"{key_in_file} is {after.get(key)}, but the run in {config.coordinator.state} was begun with "
+                f"{before.get(key)}: set it back, or name another coordinator.state for a new run"
+            )
+
+
+@contextmanager
+def _daemon(
+    config: FederationConfig, keys: Keys, ledger: Ledger, journal: Journal, terminal: Terminal
+) -> Iterator[Daemon]:
+    state = config.coordinator.state
+    with ExitStack() as stack:
+        store = Store(ledger, Blobs(state), time.time)
+        stack.callback(store.blobs.close)
+        merging = Merging(state, store, config.plan)
+        stack.callback(merging.stop)
+        machine = Coordinator(
+            config,
+            ledger.roster(),
+            store.history(),
+            signing_key=keys.signing.secret,
+            random_bytes=os.urandom,
+            software=f"fedoap {__version__}",
+        )
+        raise_descriptor_limit(len(config.sites))
+        context = stack.enter_context(zmq.Context())
+        zap = Zap(context, Doors.of(ledger.roster(), ledger.invites()))
+        zap.start()
+        stack.callback(zap.stop)
+        port = Port(context, keys.curve, store.blobs.read)
+        stack.callback(port.close, GOODBYE_MILLISECONDS)
+        endpoint = port.bind(config.coordinator.bind, read_endpoint(state))
+        zap.prove(_reachable(endpoint), keys.curve.public)
+        write_endpoint(state, endpoint)
+        console = open_console(terminal, time.monotonic)
+        stack.callback(console.close)
+        enrolment = Enrolment(config, ledger, keys)
+        daemon = Daemon(machine, port, zap, ledger, store, merging, enrolment, console, journal, state)
+        daemon.note(Note("ready", {"endpoint": endpoint}))
+        yield daemon
+
+
+@contextmanager
+def _until_signalled(daemon: Daemon) -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        daemon.stopping = True
+
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _reachable(endpoint: str) -> str:
+    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    nested = [_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in values.items()]
+    return {key: value for part in nested for key, value in part.items()}
