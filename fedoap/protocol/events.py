@@ -65,10 +65,11 @@ class Aggregated:
 
 @dataclass(frozen=True, slots=True)
 class AggregateFailed:
-    """An `Aggregate` failed."""
+    """An `Aggregate` failed; `site` names the one whose update is to blame, if it is one's."""
 
     task: bytes
     reason: str
+    site: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,112 @@
+"""How the rounds stand, told to the operator and to the sites: pure functions of the round machine."""
+
+import math
+
+from fedoap.messages import Idle
+from fedoap.protocol.exchange import Exchange
+from fedoap.protocol.rounds import MOST_TEXT, Rounds
+from fedoap.protocol.status import RunState, SiteState, SiteStatus, Status
+
+
+def idle(rounds: Rounds) -> Idle:
+    """Return what a site is told that has nothing to do: the end, or for whom everybody waits."""
+    return rounds.end or Idle("waiting", _reason(rounds)[:MOST_TEXT])
+
+
+def status(rounds: Rounds) -> Status:
+    """Return how the federation stands."""
+    exchange, step, word = rounds.exchange, rounds.step, idle(rounds)
+    manifest = exchange.manifest if exchange else None
+    return Status(
+        state=_state(word, exchange),
+        reason=word.reason,
+        kind=step.kind if step else None,
+        round=step.round if step else rounds.plan.rounds + 1,
+        rounds=rounds.plan.rounds,
+        attempt=manifest.attempt if manifest else 0,
+        seconds=rounds.now - exchange.opened_at if exchange else 0.0,
+        deadline_seconds=max(0.0, exchange.deadline - rounds.now) if exchange else 0.0,
+        sites=tuple(_site(rounds, site) for site in rounds.config.sites),
+    )
+
+
+def _state(word: Idle, exchange: Exchange | None) -> RunState:
+    if word.state != "waiting":
+        return word.state
+    if exchange is None:
+        return "waiting"
+    return "open" if exchange.merging is None else "merging"
+
+
+def _site(rounds: Rounds, site: str) -> SiteStatus:
+    heard, said, upload = rounds.attendance.heard(site), rounds.progress.get(site), rounds.uploads.find(site)
+    status = SiteStatus(
+        site,
+        _site_state(rounds, site),
+        None if heard == -math.inf else rounds.now - heard,
+        received=upload.receiver.at if upload else 0,
+        size=upload.receiver.blob.size if upload else 0,
+    )
+    if said is None:
+        return status
+    return SiteStatus(
+        site,
+        status.state,
+        status.heard_seconds,
+        said.stage,
+        said.step,
+        said.steps,
+        said.loss,
+        said.dice,
+        status.received,
+        status.size,
+    )
+
+
+def _site_state(rounds: Rounds, site: str) -> SiteState:
+    opened, exchange, upload = rounds.history.open, rounds.exchange, rounds.uploads.find(site)
+    if rounds.is_revoked(site):
+        return "revoked"
+    if exchange and site in exchange.failed:
+        return "failed"
+    if opened and any(update.site == site for update in opened.updates):
+        return "committed"
+    if rounds.attendance.heard(site) == -math.inf:
+        return "absent"
+    if rounds.is_silent(site):
+        return "silent"
+    if upload:
+        return "waiting" if upload.state == "waiting" else "uploading"
+    return "working" if rounds.owed(site) else "idle"
+
+
+def _reason(rounds: Rounds) -> str:
+    exchange = rounds.exchange
+    if exchange is None:
+        return _reason_to_wait(rounds)
+    if exchange.merging is not None:
+        failed = f"; merging failed and is tried again: {exchange.merge_reason}" if exchange.merge_failures else ""
+        return f"{exchange.step}: merging the results{failed}"
+    missing = [site for site in exchange.manifest.cohort if rounds.owed(site)]
+    minutes = max(0.0, exchange.deadline - rounds.now) / 60
+    return f"{exchange.step}: waiting for {_names(rounds, missing)}, for {minutes:.0f} minutes at most"
+
+
+def _reason_to_wait(rounds: Rounds) -> str:
+    quorum, sites = rounds.config.quorum, rounds.config.sites
+    active = [site for site in sites if rounds.roster.active(site)]
+    if len(active) < quorum:
+        return f"quorum is {quorum}, but only {len(active)} of {len(sites)} sites are enrolled and not revoked"
+    away = [site for site in sites if site not in rounds.live and not rounds.is_revoked(site)]
+    return f"{len(rounds.live)} of {len(sites)} sites are here, quorum is {quorum}: waiting for {_names(rounds, away)}"
+
+
+def _names(rounds: Rounds, sites: list[str]) -> str:
+    return ", ".join(f"{site}{_absence(rounds, site)}" for site in sites) or "nobody"
+
+
+def _absence(rounds: Rounds, site: str) -> str:
+    heard = rounds.attendance.heard(site)
+    if heard == -math.inf:
+        return " (not here yet)"
+    return f" (silent for {rounds.now - heard:.0f} s)" if rounds.is_silent(site) else ""
