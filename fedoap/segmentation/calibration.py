@@ -1,0 +1,166 @@
+"""After the rounds: the site's own network is fine-tuned on its own images, and everything is measured.
+
+`calibrate` ends a federated course with the perturbed boundary loss. `train_alone` is what it is
+compared with, under the same budget.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from fedoap.config import StrategyConfig
+from fedoap.kernels import perturbed_boundary_loss
+from fedoap.segmentation.data import prepared_cases
+from fedoap.segmentation.descent import Batches, Descent, Loss, Metrics, Progress, Stretch, Workplace, descend
+from fedoap.segmentation.evaluation import evaluate, mean_dice
+from fedoap.segmentation.modelfolder import Predictor, autocast
+from fedoap.segmentation.network import Bank, FedOAPNet
+from fedoap.segmentation.objectives import SMOOTH, segmentation_loss
+from fedoap.segmentation.optimizer import SiteOptimizer, cosine_rate, round_rate
+from fedoap.segmentation.sitemodel import SiteModel
+
+
+def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[FedOAPNet, Metrics]:
+    """Return the site's calibrated network, all of it its own, and how well it and the shared one do.
+
+    A copy of the personal network takes `calibration.steps` steps of the perturbed boundary loss at one
+    cosine of the learning rate. The model itself stays as it is.
+
+    Raises:
+        DataError: a case is wrong.
+        TrainingError: the loss is no longer finite.
+    """
+    network = copy.deepcopy(model.personal)
+    metrics = {
+        "dice_test_before": _test(network, bank, place)["dice_test"],
+        "dice_test_shared": _test(model.shared, bank, place)["dice_test"],
+        "steps": float(place.plan.calibration.steps),
+    }
+    first, steps = _round_steps(place), place.plan.calibration.steps
+    loss = _perturbed_loss(place.parallel(network), bank, place)
+    stretch = Stretch("calibrate", first, steps, _calibration_rate(place), 0, steps)
+    looks = _fine_tune(Predictor(place.plan, network, bank, place.device), loss, place, place.batches(first), stretch)
+    dice = {"dice_validation_before": looks[0], "dice_validation": max(looks)}
+    return network, metrics | dice | _test(network, bank, place)
+
+
+def train_alone(place: Workplace) -> tuple[FedOAPNet, Metrics]:
+    """Return a network that was trained on this site's images only, and how well it does.
+
+    Equal to a federated course: first weights, network (its attention sees the image's own tokens),
+    batches in their order, number of steps of all rounds and of the calibration, learning rate at each
+    of them, and how often and when the validation cases choose a state. Different: no bank, no path but
+    its own, and the plain loss throughout.
+
+    Raises:
+        DataError: a case is wrong.
+        TrainingError: the loss is no longer finite.
+    """
+    training, steps, more = place.plan.training, _round_steps(place), place.plan.calibration.steps
+    alone = place.plan.model_copy(update={"strategy": StrategyConfig(name="local")})
+    network = SiteModel(alone).personal.to(place.device)
+    loss, batches = _plain_loss(place.parallel(network), place), place.batches(0)
+
+    def rate(step: int) -> float:
+        number, rest = divmod(step, training.steps_per_round)
+        return round_rate(training, number + 1, rest)
+
+    optimizer = SiteOptimizer(dict(network.named_parameters()), training)
+    mean = descend(place, batches, Stretch("local", 0, steps, rate, 0, steps + more), Descent(loss, optimizer))
+    stretch = Stretch("local", steps, more, _calibration_rate(place), steps, steps + more)
+    looks = _fine_tune(Predictor(place.plan, network, None, place.device), loss, place, batches, stretch)
+    return network, {
+        "loss": mean,
+        "dice_validation": max(looks),
+        "steps": float(steps + more),
+        **_test(network, None, place),
+    }
+
+
+def look_steps(steps: int, evaluations: int) -> list[int]:
+    """Return after which steps the validation cases are looked at: before the first, after the last, and between.
+
+    There are two looks at least where there are steps at all.
+
+    >>> look_steps(200, 5), look_steps(200, 1), look_steps(0, 5)
+    ([0, 50, 100, 150, 200], [0, 200], [0])
+    """
+    intervals = max(1, evaluations - 1)
+    return sorted({steps * index // intervals for index in range(intervals + 1)})
+
+
+def _fine_tune(predict: Predictor, loss: Loss, place: Workplace, batches: Batches, stretch: Stretch) -> list[float]:
+    """Leave the best of the states that were looked at in the network and return each one's validation Dice.
+
+    The earlier state wins where two are equal. Only the leading process looks and restores.
+    """
+    network = predict.network
+    descent = Descent(loss, SiteOptimizer(dict(network.named_parameters()), place.plan.training))
+    cases = prepared_cases(place.validation, place.data, place.plan, place.cache)
+    marks = look_steps(stretch.count, place.plan.calibration.evaluations)
+    looks: list[float] = []
+    best: dict[str, Tensor] = {}
+    mean = 0.0
+    for start, stop in pairwise([0, *marks]):
+        if stop > start:
+            piece = replace(stretch, first=stretch.first + start, count=stop - start, done=stretch.done + start)
+            mean = descend(place, batches, piece, descent)
+        looks.append(mean_dice(predict, cases) if place.leads else -1.0)
+        if place.leads:
+            place.report(Progress(stretch.stage, stretch.done + stop, stretch.steps, mean, looks[-1]))
+        if looks[-1] > max(looks[:-1], default=-math.inf):
+            best = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(best)
+    return looks
+
+
+def _plain_loss(network: nn.Module, place: Workplace) -> Loss:
+    def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
+        with autocast(place.device):
+            logits = network(image)
+        return segmentation_loss(logits, mask)
+
+    return loss
+
+
+def _perturbed_loss(network: nn.Module, bank: Bank | None, place: Workplace) -> Loss:
+    config = place.plan.calibration
+
+    def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
+        with autocast(place.device):
+            logits = network(image, bank)
+        return perturbed_boundary_loss(
+            logits,
+            mask,
+            seed=place.seed(f"noise of rank {place.rank}", step),
+            radius=config.radius,
+            sigma=config.sigma,
+            tau=config.tau,
+            lam=config.lam,
+            smooth=SMOOTH,
+            region=config.region,
+        )
+
+    return loss
+
+
+def _test(network: FedOAPNet, bank: Bank | None, place: Workplace) -> Metrics:
+    """Return the measures on the test cases, on the files' grids; of no process but the leading one."""
+    if not place.leads:
+        return dict.fromkeys(("dice_test", "iou_test", "hd95_test", "nsd_test"), -1.0)
+    cases = prepared_cases(place.test, place.data, place.plan, place.cache)
+    mean = evaluate(Predictor(place.plan, network, bank, place.device), cases).mean
+    return {"dice_test": mean.dice, "iou_test": mean.iou, "hd95_test": mean.hd95, "nsd_test": mean.nsd}
+
+
+def _calibration_rate(place: Workplace) -> Callable[[int], float]:
+    config, first = place.plan.calibration, _round_steps(place)
+    return lambda step: cosine_rate(config.learning_rate, step - first, config.steps)
+
+
+def _round_steps(place: Workplace) -> int:
+    return place.plan.rounds * place.plan.training.steps_per_round

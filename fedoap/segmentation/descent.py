@@ -1,0 +1,174 @@
+"""Gradient steps: the loop that rounds, calibration and training alone have in common.
+
+Whatever is random is a function of the plan's seed, the site's name and the step's number in the
+site's whole course, so that work done again, or taken up in a new process, gives the same weights:
+on a CPU to the last bit. With several ranks each works on its part of every batch.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fedoap.config import Plan, SiteData
+from fedoap.errors import TrainingError
+from fedoap.segmentation.data import training_batches
+from fedoap.segmentation.datalist import Case, load_datalist
+from fedoap.segmentation.optimizer import SiteOptimizer
+
+CHECK_EVERY = 10
+"""The loss is looked at and reported every so many steps: on a GPU each look waits for it."""
+
+Batches: TypeAlias = Iterator[tuple[Tensor, Tensor]]
+Metrics: TypeAlias = dict[str, float]
+Loss: TypeAlias = Callable[[Tensor, Tensor, int], Tensor]
+"""Mean loss of images (B, C, *S) and masks (B, 1, *S) at a step of the site's course."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a stage is; `dice` is the mean on the validation cases, or -1 while there is none."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    dice: float = -1.0
+
+
+Report: TypeAlias = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """A site's cases and the process that works on them."""
+
+    site: str
+    plan: Plan
+    data: SiteData
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    test: tuple[Case, ...]
+    cache: Path | None
+    device: torch.device
+    report: Report
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def open(
+        cls, site: str, plan: Plan, data: SiteData, *, cache: Path | None, device: torch.device, report: Report
+    ) -> Self:
+        """Return a site's workplace; all three lists are read, so that a mistake in one shows in the first round.
+
+        Raises:
+            DataError: the datalist is wrong, or a split is empty or lacks masks.
+        """
+        training, validation, test = (load_datalist(data, split) for split in ("training", "validation", "test"))
+        return cls(site, plan, data, training, validation, test, cache, device, report)
+
+    def shared_out(self, rank: int, ranks: int) -> Self:
+        """Return the workplace of one of several processes.
+
+        Raises:
+            TrainingError: there are more of them than items in a batch.
+        """
+        if ranks > self.plan.training.batch_size:
+            size = self.plan.training.batch_size
+            raise TrainingError(f"worker.gpus is {ranks}, but training.batch_size is {size}; each needs an item")
+        return replace(self, rank=rank, ranks=ranks)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process evaluates, reports and writes."""
+        return self.rank == 0
+
+    def seed(self, purpose: str, step: int = 0) -> int:
+        """Return a seed in [0, 2**63): one for each federation's seed, site, purpose and step."""
+        text = repr((self.plan.seed, self.site, purpose, step)).encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
+
+    def batches(self, first: int) -> Batches:
+        """Return this process's part of the endless batches, from step `first` of the site's course on.
+
+        Raises:
+            DataError: a case is wrong.
+        """
+        return training_batches(
+            self.training,
+            self.data,
+            self.plan,
+            seed=self.seed("batches"),
+            start_step=first,
+            cache=self.cache,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """Return the network, its gradients averaged over all processes where there are several."""
+        if self.ranks == 1:
+            return network
+        # which parameters take part differs from step to step: a path leaves the other path's alone
+        return nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Some steps in a row: `count` from number `first` of the site's course."""
+
+    stage: str
+    first: int
+    count: int
+    rate: Callable[[int], float]
+    """Learning rate of a step by its number in the site's course."""
+    done: int
+    """Steps of the stage before these, and all of its steps: for reports."""
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    """What is made small, and by which parameters."""
+
+    loss: Loss
+    optimizer: SiteOptimizer
+    amend: Callable[[], None] = lambda: None
+    """What is done to the gradients before they are clipped."""
+
+
+def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Descent) -> float:
+    """Take the steps and return the mean of their losses, on this process's part of the batches.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=place.device)
+    for index, (image, mask) in zip(range(stretch.count), batches, strict=False):
+        step = stretch.first + index
+        loss = descent.loss(image.to(place.device), mask.to(place.device), step)
+        descent.optimizer.zero()
+        # DistributedDataParallel averages over processes, whose parts of a batch may differ in size
+        share = len(image) * place.ranks / place.plan.training.batch_size
+        torch.autograd.backward([loss * share if place.ranks > 1 else loss])
+        descent.amend()
+        descent.optimizer.step(stretch.rate(step))
+        total += loss.detach()
+        if (index + 1) % CHECK_EVERY == 0 or index + 1 == stretch.count:
+            _check(place, stretch, index + 1, total.item() / (index + 1))
+    return total.item() / max(1, stretch.count)
+
+
+def _check(place: Workplace, stretch: Stretch, count: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        step = stretch.done + count
+        raise TrainingError(
+            f"site {place.site}: loss is {loss} by step {step} of {stretch.stage}; lower the learning rate"
+        )
+    if place.leads:
+        place.report(Progress(stretch.stage, stretch.done + count, stretch.steps, loss))

@@ -1,0 +1,145 @@
+"""A trained model that can be asked: loaded from the files that `model.json` names, or taken as it trains.
+
+Shapes: B batch, C channels, *S spatial size.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from fedoap.config import BlobFiles, ModelRecord, Plan
+from fedoap.errors import ConfigError, TensorsError
+from fedoap.params import PERSONAL_PREFIX
+from fedoap.segmentation.network import Bank, FedOAPNet
+from fedoap.segmentation.sitemodel import SiteModel
+from fedoap.tensors import BlobManifest, read_blob
+
+PERSONAL_FILE = "personal.safetensors"
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A network with its bank, ready to run; on a GPU in bfloat16 where that is safe."""
+
+    plan: Plan
+    network: nn.Module
+    bank: Bank | None
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return the logits (B, 1, *S) of images (B, C, *S) from anywhere, float32 on the model's device."""
+        with autocast(self.device):
+            logits: Tensor = self.network(image.to(self.device), self.bank)
+        return logits.float()
+
+
+def load_model(model_json: Path, *, shared: bool, device: str = "auto") -> Predictor:
+    """Return the model of a model folder: the site's own, or the one that all sites share.
+
+    Raises:
+        ConfigError: there is no such record, it has another form, or it has no personal part.
+        TensorsError: the files do not fit the network.
+    """
+    record = _record(model_json)
+    if not shared and record.personal is None:
+        raise ConfigError(f"{model_json}: has no personal part, so that only the shared path can run")
+    chosen = choose_device(device)
+    model = SiteModel(record.plan)
+    model.load_shared(read_files(record.shared))
+    network = model.shared
+    if not shared and record.personal is not None:
+        network = own_network(model, load_tensors(record.personal / PERSONAL_FILE))
+    bank = None if record.bank is None else Bank.from_arrays(read_files(record.bank), chosen)
+    return Predictor(record.plan, network.to(chosen).eval(), bank, chosen)
+
+
+def own_network(model: SiteModel, personal: Arrays) -> FedOAPNet:
+    """Return a copy of the personal network that shares nothing with the model, with these values in it.
+
+    They may name the personal parameters alone, as after a round, or all of them, as after calibration.
+
+    Raises:
+        TensorsError: a name is no parameter of the network, or its shape another.
+    """
+    network = copy.deepcopy(model.personal)
+    parameters = {PERSONAL_PREFIX + name: value for name, value in network.named_parameters()}
+    for name, array in personal.items():
+        if name not in parameters or array.shape != tuple(parameters[name].shape):
+            raise TensorsError(f"personal weights: {name} of shape {array.shape} is not in the plan's network")
+    for name in model.personal_parameters():
+        if name not in personal:
+            raise TensorsError(f"personal weights: tensor {name} is missing")
+    with torch.no_grad():
+        for name, array in personal.items():
+            parameters[name].copy_(torch.tensor(array))
+    return network
+
+
+def read_files(files: BlobFiles) -> Arrays:
+    """Return the tensors of a blob on disk.
+
+    Raises:
+        TensorsError: a file is missing or does not match the other.
+    """
+    try:
+        return read_blob(files.blob, BlobManifest.unpack(files.manifest.read_bytes()))
+    except OSError as error:
+        raise TensorsError(f"{files.blob}: cannot be read: {error.strerror}") from None
+
+
+def load_tensors(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        TensorsError: there is no such file, or it is damaged.
+    """
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise TensorsError(f"{path}: cannot be read: {error}") from None
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of this name; `auto` is a GPU where PyTorch has one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"worker.device is {name}, but must be auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"worker.device is {name}, but PyTorch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return the context in which a network runs: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _record(path: Path) -> ModelRecord:
+    try:
+        return ModelRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or json.dumps(first["type"])
+        raise ConfigError(f"{path}: {place}: {first['msg']}; it is not the record of a model") from None

@@ -1,0 +1,82 @@
+"""One round of a site: gradient steps on its own images, on the personal and the shared path in turn."""
+
+from fractions import Fraction
+
+from torch import Tensor
+
+from fedoap.segmentation.data import prepared_cases
+from fedoap.segmentation.descent import Descent, Metrics, Progress, Stretch, Workplace, descend
+from fedoap.segmentation.evaluation import mean_dice
+from fedoap.segmentation.modelfolder import Predictor, autocast
+from fedoap.segmentation.network import Bank
+from fedoap.segmentation.objectives import add_proximal_gradient, segmentation_loss
+from fedoap.segmentation.optimizer import SiteOptimizer, round_rate
+from fedoap.segmentation.sitemodel import SiteModel
+from fedoap.strategies import shared_path_fraction
+
+
+def site_optimizer(model: SiteModel, place: Workplace) -> SiteOptimizer:
+    """Return AdamW over the common, the shared and the personal parameters, without moments as yet."""
+    return SiteOptimizer(model.shared_parameters() | model.personal_parameters(), place.plan.training)
+
+
+def train_round(
+    model: SiteModel, optimizer: SiteOptimizer, bank: Bank | None, number: int, place: Workplace
+) -> Metrics:
+    """Take the steps of round `number` (from 1) and return `loss`, its mean, and `dice_validation` after them.
+
+    Of all the steps of a site's course the fraction rho, evenly spread, trains the shared path; the bank
+    is constant. Where `strategy.proximal` says so, personal parameters are pulled towards their shared
+    twins as they were at the start of the round.
+
+    Raises:
+        DataError: a case is wrong.
+        TrainingError: the loss is no longer finite.
+    """
+    training, mu = place.plan.training, place.plan.strategy.proximal
+    first = (number - 1) * training.steps_per_round
+    rho = shared_path_fraction(place.plan.strategy, training.shared_path_fraction)
+    network = place.parallel(model)
+    twins = list(model.twins()) if mu > 0 else []
+    anchors = [twin.detach().clone() for _, _, twin in twins]
+
+    def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
+        path = "shared" if takes_shared_path(step, rho) else "personal"
+        with autocast(place.device):
+            logits = network(image, bank, path=path)
+        return segmentation_loss(logits, mask)
+
+    def pull() -> None:
+        add_proximal_gradient([own for _, own, _ in twins], anchors, mu)
+
+    count = training.steps_per_round
+    stretch = Stretch("train", first, count, lambda step: round_rate(training, number, step - first), 0, count)
+    mean = descend(place, place.batches(first), stretch, Descent(loss, optimizer, pull))
+    if not place.leads:
+        return {}
+    dice = validation_dice(Predictor(place.plan, model, bank, place.device), place)
+    place.report(Progress("train", count, count, mean, dice))
+    return {"loss": mean, "dice_validation": dice, "steps": float(count)}
+
+
+def validation_dice(predict: Predictor, place: Workplace) -> float:
+    """Return the mean Dice on the validation cases, on the network's grid."""
+    return mean_dice(predict, prepared_cases(place.validation, place.data, place.plan, place.cache))
+
+
+def takes_shared_path(step: int, rho: float) -> bool:
+    """Return whether step `step` (from 0) of a site's course is one of the fraction rho, evenly spread.
+
+    After n steps floor(n rho) have been, so that two runs agree and no round gets more than its share.
+
+    >>> [step for step in range(12) if takes_shared_path(step, 0.25)]
+    [3, 7, 11]
+    """
+    exact = Fraction(rho).limit_denominator(10**6)
+    return (step + 1) * exact // 1 > step * exact // 1
+
+
+def fresh_model(place: Workplace) -> SiteModel:
+    """Return the model that the plan's seed makes, on this process's device."""
+    model = SiteModel(place.plan)
+    return model.to(place.device)

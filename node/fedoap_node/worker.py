@@ -1,0 +1,271 @@
+"""The training process of a node: `python -m fedoap_node.worker JOB.json` carries out one `Job`.
+
+Lines of progress go to standard output, everything else to standard error. `result.json` is written
+last and in one move, so a job that is ended at any moment (SIGTERM ends it at once) leaves none.
+Started by `torch.distributed.run`, the processes share each batch and the first one writes. PyTorch
+takes over a second to import, so it is imported when the job has been read.
+"""
+
+# ruff: noqa: PLC0415
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from fedoap.errors import ConfigError, FedoapError, StorageError, TrainingError
+from fedoap.tensors import Dtype, write_blob
+from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobProgress, JobResult
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+    from fedoap.segmentation.descent import Progress, Workplace
+    from fedoap.segmentation.network import Bank
+    from fedoap.segmentation.optimizer import SiteOptimizer
+    from fedoap.segmentation.sitemodel import SiteModel
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+LINES_PER_SECOND = 3.0
+PATIENCE = timedelta(hours=12)
+"""So long the other processes wait for the first one, which alone evaluates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Personal:
+    """What stays at the site: its weights, AdamW's moments, and how far its course is."""
+
+    weights: Mapping[str, NDArray[np.generic]]
+    moments: "Mapping[str, Tensor]"
+    stage: str
+    round: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a job leaves behind."""
+
+    metrics: dict[str, float]
+    update: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    dtype: Dtype = "float32"
+    personal: Personal | None = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out the job whose file is named and return the exit code: 2 where someone can set it right."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if len(given) != 1:
+        sys.stderr.write("usage: python -m fedoap_node.worker JOB.json\n")
+        return 2
+    try:
+        with _line_stream() as lines:
+            _work(_read(Path(given[0])), Reporter(lines))
+    except FedoapError as error:
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        return 2
+    return 0
+
+
+class Reporter:
+    """Prints progress as JSON lines, a few a second; a line with a Dice is always printed."""
+
+    def __init__(self, lines: IO[str]) -> None:
+        self._lines = lines
+        self._next = 0.0
+
+    def __call__(self, progress: "Progress") -> None:
+        """Print the progress unless one was printed a moment ago."""
+        now = time.monotonic()
+        if now < self._next and progress.dice < 0:
+            return
+        self._next = now + 1 / LINES_PER_SECOND
+        line = JobProgress(
+            stage=progress.stage, step=progress.step, steps=progress.steps, loss=progress.loss, dice=progress.dice
+        )
+        self._lines.write(line.model_dump_json() + "\n")
+        self._lines.flush()
+
+
+def _work(job: Job, report: Reporter) -> None:
+    import torch
+
+    from fedoap.segmentation.descent import Workplace
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if job.worker.threads:
+        torch.set_num_threads(job.worker.threads)
+    start = time.monotonic()
+    try:
+        place = Workplace.open(
+            job.site, job.plan, job.data, cache=job.cache, device=_device(job), report=report
+        ).shared_out(rank, ranks)
+        outcome = _carry_out(job, place)
+    except torch.OutOfMemoryError:
+        text = "lower training.batch_size, data.size or network.width"
+        raise TrainingError(f"site {job.site}: {job.kind} needs more GPU memory than there is; {text}") from None
+    if outcome is not None:
+        metrics = outcome.metrics | {"seconds": time.monotonic() - start}
+        _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
+
+
+def _carry_out(job: Job, place: "Workplace") -> Outcome | None:
+    """Return what the job leaves behind, or nothing where another process leaves it."""
+    if job.kind in ("init", "seed", "bank"):
+        return _prepare(job, place) if place.leads else None
+    if place.ranks == 1:
+        return _train(job, place)
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        outcome = _train(job, place)
+    finally:
+        dist.destroy_process_group()
+    return outcome if place.leads else None
+
+
+def _prepare(job: Job, place: "Workplace") -> Outcome:
+    from fedoap.segmentation.banksums import TokenSource, bank_sums, seed_sums
+
+    model = _model(job, place)
+    if job.kind == "init":
+        return Outcome({}, model.shared_state(), job.plan.wire.dtype)
+    source = TokenSource(model.shared, place.training, place.data, place.plan, place.cache, place.device)
+    if job.kind == "seed":
+        return Outcome({}, seed_sums(source, place.seed("bank")))
+    bank = _bank(job, place)
+    if bank is None:
+        raise ConfigError(f"job {job.kind}: names no bank, but refreshes one")
+    return Outcome({}, bank_sums(source, bank.keys.transpose(0, 1).flatten(1)))
+
+
+def _train(job: Job, place: "Workplace") -> Outcome:
+    from fedoap.params import PERSONAL_PREFIX
+    from fedoap.segmentation.calibration import calibrate, train_alone
+    from fedoap.segmentation.training import site_optimizer, train_round
+
+    if job.kind == "local":
+        network, metrics = train_alone(place)
+    else:
+        model, bank = _model(job, place), _bank(job, place)
+        optimizer = site_optimizer(model, place)
+        _take_up(job, model, optimizer)
+        if job.kind == "train":
+            metrics = train_round(model, optimizer, bank, job.round, place)
+            step = job.round * job.plan.training.steps_per_round
+            personal = Personal(model.personal_state(), optimizer.state(), job.kind, job.round, step)
+            return Outcome(metrics, model.shared_state(), job.plan.wire.dtype, personal)
+        network, metrics = calibrate(model, bank, place)
+    weights = {PERSONAL_PREFIX + name: value.detach().cpu().numpy() for name, value in network.named_parameters()}
+    return Outcome(metrics, personal=Personal(weights, {}, job.kind, job.round, int(metrics["steps"])))
+
+
+def _model(job: Job, place: "Workplace") -> "SiteModel":
+    from fedoap.segmentation.modelfolder import read_files
+    from fedoap.segmentation.sitemodel import SiteModel
+
+    model = SiteModel(job.plan)
+    if job.model is not None:
+        model.load_shared(read_files(job.model))
+    elif job.kind != "init":
+        raise ConfigError(f"job {job.kind}: names no model, but works on one")
+    model.reset_personal()
+    return model.to(place.device)
+
+
+def _bank(job: Job, place: "Workplace") -> "Bank | None":
+    from fedoap.segmentation.modelfolder import read_files
+    from fedoap.segmentation.network import Bank
+
+    return None if job.bank is None else Bank.from_arrays(read_files(job.bank), place.device)
+
+
+def _take_up(job: Job, model: "SiteModel", optimizer: "SiteOptimizer") -> None:
+    """Put the site's personal state, if it has one, into model and optimizer."""
+    from safetensors.torch import load_file
+
+    from fedoap.segmentation.modelfolder import PERSONAL_FILE, load_tensors
+
+    if job.personal is None:
+        return
+    weights = load_tensors(job.personal / PERSONAL_FILE)
+    # a calibrated network is all the site's own; its common parameters have no place beside newer shared ones
+    own = model.personal_parameters()
+    model.load_personal({name: value for name, value in weights.items() if name in own})
+    moments = job.personal / OPTIMIZER_FILE
+    if moments.exists():
+        optimizer.load(load_file(moments))
+
+
+def _device(job: Job) -> "device":
+    from fedoap.segmentation.modelfolder import choose_device
+
+    name, local = job.worker.device, os.environ.get("LOCAL_RANK")
+    chosen = choose_device(name)
+    if local is None or chosen.type != "cuda":
+        return chosen
+    import torch
+
+    mine = choose_device(f"cuda:{local}")
+    torch.cuda.set_device(mine)
+    return mine
+
+
+def _read(path: Path) -> Job:
+    try:
+        return Job.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; it is no job") from None
+
+
+def _write(job: Job, outcome: Outcome, result: JobResult) -> None:
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+        manifest = write_blob(job.output / UPDATE_BLOB, outcome.update, outcome.dtype)
+        (job.output / UPDATE_MANIFEST).write_bytes(manifest.pack())
+        if outcome.personal is not None:
+            _write_personal(job.output / PERSONAL, outcome.personal)
+        part = job.output / f"{RESULT}.part"
+        part.write_text(result.model_dump_json(), encoding="utf-8")
+        part.replace(job.output / RESULT)
+    except OSError as error:
+        raise StorageError(f"{job.output}: result cannot be written: {error.strerror or error}") from None
+
+
+def _write_personal(folder: Path, personal: Personal) -> None:
+    from safetensors.numpy import save_file
+    from safetensors.torch import save_file as save_tensors
+
+    from fedoap.segmentation.modelfolder import PERSONAL_FILE
+
+    folder.mkdir(exist_ok=True)
+    save_file(dict(personal.weights), folder / PERSONAL_FILE)
+    if personal.moments:
+        save_tensors(dict(personal.moments), folder / OPTIMIZER_FILE)
+    state = {"stage": personal.stage, "round": personal.round, "step": personal.step}
+    (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def _line_stream() -> IO[str]:
+    """Return what was standard output; from now on whatever a library prints goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+if __name__ == "__main__":
+    sys.exit(main())
