@@ -37,8 +37,8 @@ from fedoap.protocol import view
 from fedoap.protocol.attendance import Attendance
 from fedoap.protocol.checks import check_result, read_offer
 from fedoap.protocol.events import (
-    AggregateFailed,
     Aggregated,
+    AggregateFailed,
     CoordinatorEffect,
     CoordinatorEvent,
     Malformed,
@@ -59,6 +59,8 @@ from fedoap.transfer import WINDOW_CHUNKS
 
 NOTE_SECONDS = 10.0
 """A site's refusals with one code are noted at most this often: a peer out of order must not fill the log."""
+
+STOPPING = "the coordinator is being stopped; it will be back"
 
 Effects = list[CoordinatorEffect]
 
@@ -137,7 +139,7 @@ class Coordinator:
         if member.revoked:
             raise RefusedError("revoked", f"the key of site {site} was revoked")
         if self._is_stopping:
-            raise _STOPPING
+            raise RefusedError("stopping", STOPPING)
         return member
 
     def _answer(self, member: Member, event: Received, now: float) -> Effects:
@@ -263,7 +265,7 @@ class Coordinator:
     def _stop(self) -> Effects:
         self._is_stopping = True
         routes = [self._attendance.route(site) for site in self._config.sites]
-        return [Send(route, Refuse("stopping", str(_STOPPING))) for route in routes if route is not None]
+        return [Send(route, Refuse("stopping", STOPPING)) for route in routes if route is not None]
 
     def _refuse(self, event: Received | Malformed, error: RefusedError, about: bytes, now: float) -> Effects:
         code, reason = cast(RefusalCode, error.code), str(error)[:MOST_TEXT]
@@ -272,9 +274,6 @@ class Coordinator:
             return [refuse]
         self._noted[event.site, code] = now
         return [refuse, Note("refused", {"site": event.site, "code": code, "reason": reason})]
-
-
-_STOPPING = RefusedError("stopping", "the coordinator is being stopped; it will be back")
 
 
 def _about(message: FromSite) -> bytes:
