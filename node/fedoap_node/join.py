@@ -38,8 +38,8 @@ from fedoap_node.membership import Membership
 
 ANSWER_SECONDS = 30.0
 REPEAT_SECONDS = 2.0
-STRANGERS = 4
-"""So many failed handshakes in a row are no accident."""
+FAILURES = 4
+"""So many failed handshakes are no accident; a coordinator that has just issued the token may not know it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,13 @@ def _ask(link: Link, token: Token, request: Enrol) -> Certificate:
     poller = zmq.Poller()
     poller.register(link.socket, zmq.POLLIN)
     poller.register(link.monitor, zmq.POLLIN)
-    deadline, repeat_at, strangers = time.monotonic() + ANSWER_SECONDS, 0.0, 0
+    deadline, repeat_at, failures = time.monotonic() + ANSWER_SECONDS, 0.0, 0
     while (now := time.monotonic()) < deadline:
         poller.poll(100)
         for news in link.news(now):
-            strangers += news is News.STRANGER
-            _check_news(news, strangers, token)
+            failures += news in (News.STRANGER, News.KEY_REFUSED)
+            if failures >= FAILURES:
+                raise _refusal(news, token)
         for answer in link.receive():
             if (certificate := _read_answer(answer, token)) is not None:
                 return certificate
@@ -137,15 +138,12 @@ def _ask(link: Link, token: Token, request: Enrol) -> Certificate:
     raise RefusedError("unreachable", f"{token.endpoint}: {what} (waited {ANSWER_SECONDS:.0f} s)")
 
 
-def _check_news(news: News, strangers: int, token: Token) -> None:
+def _refusal(news: News, token: Token) -> RefusedError:
     if news is News.KEY_REFUSED:
-        raise RefusedError("token", f"token of {token.site}: {_why_refused(token)}; ask for a new one")
-    if strangers >= STRANGERS:
-        raise RefusedError(
-            "stranger",
-            f"{token.endpoint}: what answers there does not hold the key that the token names; "
-            "another federation's coordinator, or a proxy on the way",
-        )
+        return RefusedError("token", f"token of {token.site}: {_why_refused(token)}; ask for a new one")
+    what = "what answers there does not hold the key that the token names"
+    whose = "another federation's coordinator, or a proxy on the way"
+    return RefusedError("stranger", f"{token.endpoint}: {what}; {whose}")
 
 
 def _why_refused(token: Token) -> str:

@@ -6,12 +6,12 @@ ever, so there the pauses are ours.
 """
 
 import random
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from fedoap.errors import MessageError
 from fedoap.identity import KeyPair
@@ -30,6 +30,8 @@ FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 100, 30_000
 HEARTBEAT_MS, SILENCE_MS = 5_000, 30_000
 ZAP_REFUSED = 400
 
+_EVENT = struct.Struct("=Hi")
+"""A monitor's first frame: number of the event, and its value."""
 _EVENTS = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -77,8 +79,8 @@ class Link:
     def news(self, now: float) -> Iterator[News]:
         """Yield what happened since the last call."""
         while self.monitor.poll(0):
-            told = recv_monitor_message(self.monitor)
-            news = self._interpret(told["event"], told["value"], now)
+            event, value = _EVENT.unpack(self.monitor.recv_multipart()[0])
+            news = self._interpret(event, value, now)
             if news is not None:
                 yield news
 
