@@ -36,8 +36,8 @@ def brain(space: Space, random: Random) -> Anatomy:
         (0.0, 0.0), (random.uniform(0.84, 0.94), random.uniform(0.7, 0.8)), turn=tilt, along=(-0.1, 1.0)
     )
     head = head * (1 + 0.015 * space.noise(random, 0.3))
-    image = paint(np.zeros(space.shape), head, 0.78 + 0.06 * space.noise(random, 0.05), 0.015)
-    image = paint(image, head / 0.93, 0.06, 0.015)
+    image = paint(np.zeros(space.shape), head, 0.8 + 0.06 * space.noise(random, 0.05), 0.015)
+    image = paint(image, head / 0.92, 0.06, 0.015)
     image = paint(image, head / 0.87, 0.14, 0.015)
     folds = space.noise(random, 0.045)
     brain_level = head / (0.84 - 0.03 * np.abs(folds))
@@ -119,7 +119,7 @@ def breast(space: Space, random: Random) -> Anatomy:
         lobule = space.ellipsoid(
             (centre[0], centre[1]), radii, turn=random.uniform(-0.35, 0.35), along=(centre[-1], 0.25)
         )
-        image = paint(image, lobule, random.uniform(0.24, 0.34), 0.22)
+        image = paint(image, lobule, random.uniform(0.27, 0.36), 0.22)
     image = paint(image, 1 + (down + 0.88) / 0.05, 0.85, 0.2)
     image = paint(image, 1 + (-0.99 - down) / -0.05, image, 0.2)
     muscle = cover(1 + (bottom - down) / 0.08, 0.3)
@@ -127,7 +127,7 @@ def breast(space: Space, random: Random) -> Anatomy:
     image = image * (1 - muscle) + muscle * (0.34 + 0.12 * fibres)
     fascia = np.exp(-(((down - bottom) / 0.025) ** 2))
     image = image + 0.4 * fascia
-    for _ in range(random.integers(2, 5)):  # ligaments and air throw shadows as dark as a lesion
+    for _ in range(random.integers(2, 4)):  # ligaments and air throw shadows as dark as a lesion
         lane_across, width = random.uniform(-0.95, 0.95), random.uniform(0.03, 0.09)
         start = random.uniform(-0.7, 0.2)
         lane = np.exp(-(((space.positions[1] - lane_across - 0.15 * (space.positions[0] - start)) / width) ** 2))
@@ -187,7 +187,7 @@ def magnetic(space: Space, random: Random, image: Floats, _lesions: list[Lesion]
 
 def tomographic(space: Space, random: Random, image: Floats, _lesions: list[Lesion]) -> Floats:
     """Return the image with a scanner's grainy noise."""
-    return np.asarray(image + random.uniform(0.025, 0.05) * space.noise(random, 0.9 / space.voxels))
+    return np.asarray(image + random.uniform(0.02, 0.04) * space.noise(random, 0.9 / space.voxels))
 
 
 def sonographic(space: Space, random: Random, image: Floats, lesions: list[Lesion]) -> Floats:
@@ -213,8 +213,8 @@ class Kind:
 
 
 KINDS: Mapping[Organ, Kind] = {
-    "brain-mr": Kind("mr", brain, magnetic, Look(core=0.1, rim=0.36, radius=(0.12, 0.28))),
+    "brain-mr": Kind("mr", brain, magnetic, Look(core=0.12, rim=0.3, radius=(0.12, 0.27))),
     "liver-ct": Kind("ct", liver, tomographic, Look(core=-0.3, rim=-0.14, radius=(0.12, 0.26))),
-    "breast-us": Kind("ultrasound", breast, sonographic, Look(core=-0.34, rim=-0.2, radius=(0.14, 0.32))),
+    "breast-us": Kind("ultrasound", breast, sonographic, Look(core=-0.38, rim=-0.26, radius=(0.16, 0.32))),
     "lung-ct": Kind("ct", lung, tomographic, Look(core=0.3, rim=0.52, radius=(0.09, 0.24))),
 }
