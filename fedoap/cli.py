@@ -83,9 +83,9 @@ def demo(*, out: Path, overwrite: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier simulation left there.")
 def simulate(*, config: Path, out: Path, overwrite: bool) -> None:
     """Run the federation of CONFIG on this machine: real processes, real keys, loopback."""
-    from fedoap.simulation import simulate as run
     from fedoap.simulation.config import load_simulation
     from fedoap.simulation.layout import make_layout
+    from fedoap.simulation.run import simulate as run
 
     checked = load_simulation(config)
     _summarise(run(checked, make_layout(out, overwrite=overwrite), _console()), out)

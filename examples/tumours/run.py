@@ -12,9 +12,9 @@ import click
 from rich.console import Console
 
 from fedoap.report.results import Results
-from fedoap.simulation import simulate
 from fedoap.simulation.config import load_simulation, to_toml
 from fedoap.simulation.layout import make_layout
+from fedoap.simulation.run import simulate
 
 HERE = Path(__file__).parent
 Table = dict[str, object]

@@ -89,8 +89,8 @@ def _alone(name: str, site: SiteConfig, config: SimulationConfig, layout: Layout
         output=output,
     )
     (output / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
-    command = (sys.executable, "-m", "fedoap_node.worker", str(output / "job.json"))
-    return Work(f"alone-{name}", command)
+    worker = site.worker.command or (sys.executable, "-m", "fedoap_node.worker")
+    return Work(f"alone-{name}", (*worker, str(output / "job.json")))
 
 
 def _pictures(name: str, layout: Layout) -> Work:

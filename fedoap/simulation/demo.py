@@ -8,9 +8,9 @@ from rich.console import Console
 from fedoap.report.results import Results
 from fedoap.segmentation.datalist import Split
 from fedoap.segmentation.phantoms import ORGANS, write_phantoms
-from fedoap.simulation import simulate
 from fedoap.simulation.config import load_simulation
 from fedoap.simulation.layout import make_layout
+from fedoap.simulation.run import simulate
 
 SIZE = (64, 64)
 COUNTS: dict[Split, int] = {"training": 48, "validation": 12, "test": 24}

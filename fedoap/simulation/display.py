@@ -47,7 +47,7 @@ class Display:
                 self._progress.update(self._whole, note=f"{event['kind']} round {event['round']}")
             case "task_closed":
                 self._close(event)
-            case "site_joined" | "site_silent" | "site_failed" | "refused" | "stopped" as name:
+            case "site_joined" | "site_silent" | "site_failed" | "merge_failed" | "refused" | "stopped" as name:
                 rest = "  ".join(f"{k} {v}" for k, v in event.items() if k not in ("time", "level", "event"))
                 self.say(f"{name.replace('_', ' ')}: {rest}")
             case _:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from fedoap.errors import ProcessError
-from fedoap.simulation.processes import Processes
+from fedoap.simulation.processes import Child, Processes
 
 PYTHON = sys.executable
 SLEEPER = [PYTHON, "-c", "import time; print('up', flush=True); time.sleep(60)"]
@@ -31,7 +31,7 @@ PARENT = [
 
 def test_leaving_by_an_exception_ends_every_child(tmp_path: Path) -> None:
     """Seen failing with children that are only forgotten on leaving."""
-    children = []
+    children: list[Child] = []
 
     def fail() -> None:
         with Processes(tmp_path) as processes:
