@@ -1,0 +1,109 @@
+"""Small real objects that the coordinator's tests are built from."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from fedoap.config import FederationConfig
+from fedoap.identity import Member, curve_keys, signing_keys
+from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, UploadManifest, write_blob
+from fedoap_coordinator.ledger import Ledger
+
+LONG_AGO = 1_700_000_000.0
+
+
+@dataclass
+class Clock:
+    """Unix time that stands still until it is set."""
+
+    now: float = LONG_AGO
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Maker:
+    """Makes tensors on disk and the manifests that name them."""
+
+    folder: Path
+    made: int = field(default=0)
+
+    def blob(self, value: float = 1.0, size: int = 3000) -> tuple[Path, BlobManifest]:
+        self.made += 1
+        path = self.folder / f"made-{self.made}"
+        return path, write_blob(path, {"weight": np.full(size, value, np.float32)})
+
+    def task(self, kind: TaskKind, number: int, model: BlobManifest | None = None, attempt: int = 1) -> TaskManifest:
+        return TaskManifest("demo", b"p" * 32, kind, number, attempt, ("hospital_a", "hospital_b"), 600, model)
+
+    def upload(self, task: bytes, site: str, blob: BlobManifest, cases: int = 3) -> UploadManifest:
+        return UploadManifest(task, site, cases, (("loss", 0.5),), blob)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Maker:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    return Maker(folder)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def config(state: Path) -> FederationConfig:
+    return FederationConfig.model_validate(
+        {
+            "federation": "demo",
+            "sites": ["hospital_a", "hospital_b", "hospital_c"],
+            "coordinator": {"state": state, "bind": "tcp://127.0.0.1:*", "advertise": "tcp://fed.example.org:7470"},
+            "rounds": {"quorum": 2},
+        }
+    )
+
+
+@pytest.fixture
+def ledger(state: Path) -> Iterator[Ledger]:
+    with Ledger(state / "fed.sqlite", "demo") as opened:
+        yield opened
+
+
+@pytest.fixture
+def context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def member() -> Callable[[str], Member]:
+    def build(name: str) -> Member:
+        return Member(name, curve_keys(os.urandom(32)).public, signing_keys(os.urandom(32)).public)
+
+    return build
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Return whether the condition comes true in time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return condition()

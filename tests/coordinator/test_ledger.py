@@ -1,0 +1,118 @@
+"""The ledger: rows that outlast a crash, and a roster that two processes share."""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedoap.errors import ConfigError, StorageError
+from fedoap.identity import Member
+from fedoap.protocol.events import RecordClosed
+from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap_coordinator.ledger import Ledger
+
+
+def test_every_commit_reaches_the_disk_before_the_method_returns(ledger: Ledger) -> None:
+    (journal,), (level,) = (next(ledger._run(f"pragma {name}")) for name in ("journal_mode", "synchronous"))
+
+    assert (journal, level) == ("wal", 2)
+
+
+def test_the_epoch_grows_with_each_change_of_the_roster(ledger: Ledger, member: Callable[[str], Member]) -> None:
+    ledger.enrol(b"t" * 32, member("hospital_a"), 1.0)
+    joined = ledger.roster()
+    ledger.revoke("hospital_a", 2.0)
+    revoked = ledger.roster()
+
+    assert (joined.epoch, revoked.epoch) == (1, 2)
+    assert joined.active("hospital_a") is not None
+    assert revoked.active("hospital_a") is None
+    assert revoked.find("hospital_a") is not None
+
+
+def test_a_site_that_joins_again_has_its_new_keys_only(ledger: Ledger, member: Callable[[str], Member]) -> None:
+    first, second = member("hospital_a"), member("hospital_a")
+    ledger.enrol(b"t" * 32, first, 1.0)
+    ledger.revoke("hospital_a", 2.0)
+
+    ledger.enrol(b"u" * 32, second, 3.0)
+
+    assert ledger.roster().members == (second,)
+
+
+def test_a_newer_invitation_withdraws_the_unused_one(ledger: Ledger) -> None:
+    ledger.add_invite(b"1" * 32, "hospital_a", 1.0, 100)
+    ledger.add_invite(b"2" * 32, "hospital_a", 2.0, 100)
+
+    assert [invite.withdrawn for invite in ledger.invites()] == [True, False]
+
+
+def test_revoking_voids_open_invitations_and_says_when_there_was_nothing(ledger: Ledger) -> None:
+    ledger.add_invite(b"1" * 32, "hospital_a", 1.0, 100)
+
+    assert ledger.revoke("hospital_a", 2.0)
+    assert ledger.invites()[0].withdrawn
+    assert not ledger.revoke("hospital_b", 2.0)
+
+
+def test_another_processs_change_shows_in_the_version_and_ones_own_does_not(ledger: Ledger, state: Path) -> None:
+    before = ledger.version
+    ledger.set_fact("mine", b"1")
+    own = ledger.version
+
+    with Ledger(state / "fed.sqlite", "demo") as other:
+        other.revoke("hospital_a", 1.0)
+
+    assert own == before
+    assert ledger.version != before
+
+
+def test_a_transaction_that_breaks_off_leaves_no_row(ledger: Ledger, member: Callable[[str], Member]) -> None:
+    ledger.enrol(b"t" * 32, member("hospital_a"), 1.0)
+    ledger._db.execute("create trigger stop before insert on members begin select raise(abort, 'planted'); end")
+
+    with pytest.raises(StorageError, match="ledger refused: planted"):
+        ledger.enrol(b"u" * 32, member("hospital_b"), 2.0)
+
+    assert ledger.roster().epoch == 1
+    assert not ledger._db.in_transaction
+
+
+def test_closing_an_exchange_marks_what_counted(ledger: Ledger) -> None:
+    task = TaskManifest("demo", b"p" * 32, "train", 1, 1, ("hospital_a", "hospital_b"), 600)
+    ledger.open_task(b"t" * 32, task.pack(), b"s" * 64, 1.0)
+    for site in ("hospital_b", "hospital_a"):
+        upload = UploadManifest(b"t" * 32, site, 1, (), BlobManifest((), b""))
+        ledger.add_update(site.encode(), site, upload, b"s" * 64, 2.0)
+
+    ledger.close_task(RecordClosed(b"t" * 32, "done", (b"hospital_a",), None, "why"), 3.0)
+
+    row = ledger.tasks()[0]
+    assert (row.manifest, row.outcome, row.reason, row.opened, row.closed) == (task, "done", "why", 1.0, 3.0)
+    assert [(one.site, one.counted) for one in ledger.updates(b"t" * 32)] == [
+        ("hospital_a", True),
+        ("hospital_b", False),
+    ]
+
+
+def test_a_ledger_of_another_federation_is_refused(ledger: Ledger) -> None:
+    with pytest.raises(ConfigError, match="belongs to federation demo, not to other"):
+        Ledger(ledger.path, "other")
+
+
+def test_a_file_that_is_no_ledger_is_refused_in_one_line(state: Path) -> None:
+    (state / "fed.sqlite").write_text("this is not a database, but long enough to be one " * 40)
+
+    with pytest.raises(StorageError, match=r"fed\.sqlite: ledger cannot be opened: file is not a database"):
+        Ledger(state / "fed.sqlite", "demo")
+
+
+def test_a_ledger_locked_for_too_long_is_said(state: Path, ledger: Ledger) -> None:
+    holder = sqlite3.connect(ledger.path, isolation_level=None)
+    holder.execute("begin exclusive")
+    ledger._db.execute("pragma busy_timeout=10")
+
+    with pytest.raises(StorageError, match="ledger refused: database is locked"):
+        ledger.revoke("hospital_a", 1.0)
+    holder.close()
