@@ -306,7 +306,8 @@ def encode(message: Message) -> bytes:
     >>> len(encode(Bye()))
     7
     """
-    header = {"t": message.type} | {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    kind = type(message)
+    header = {"t": kind.type} | {name: getattr(message, name) for name in _FIELDS[kind]}
     return msgpack.packb(header, use_bin_type=True)  # type: ignore[no-any-return]
 
 
@@ -404,3 +405,4 @@ def _rule(hint: object) -> Check:
 
 _FROM_SITE = _table(FromSite)
 _FROM_COORDINATOR = _table(FromCoordinator)
+_FIELDS = {kind.make: tuple(kind.checks) for kind in (*_FROM_SITE.values(), *_FROM_COORDINATOR.values())}

@@ -1,30 +1,13 @@
-"""A task in a site's hand: checked when it comes, and followed until it is committed, failed or dropped."""
+"""A task as it reaches a site: nothing is done that the federation did not sign, for this site and this plan."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
 
 from fedoap.config import Plan
 from fedoap.errors import ConfigError, IdentityError, MessageError
 from fedoap.identity import TASK_CONTEXT, is_signed
 from fedoap.messages import Task, Welcome
 from fedoap.protocol.course import Step, course
-from fedoap.protocol.offering import Offering
 from fedoap.tensors import TaskManifest
-
-
-@dataclass(slots=True)
-class Assignment:
-    """One task; `running` is what the worker was told, which may be an earlier attempt at the same work."""
-
-    task: bytes
-    manifest: TaskManifest
-    stage: Literal["fetching", "working", "offering", "failing"] = "fetching"
-    running: bytes = b""
-    offering: Offering | None = None
-    reason: str = ""
-    """Why it failed."""
-    say_failed_at: float = 0.0
 
 
 def read_plan(message: Welcome, body: bytes, federation: str) -> Plan:
@@ -37,7 +20,7 @@ def read_plan(message: Welcome, body: bytes, federation: str) -> Plan:
         raise ConfigError("plan from the coordinator does not have the hash that its message names")
     plan = Plan.from_bytes(body)
     if plan.digest != message.plan:
-        raise ConfigError("plan from the coordinator has defaults that this version does not know")
+        raise ConfigError("plan from the coordinator is not in the form of this version")
     if plan.federation != federation:
         raise ConfigError(f"plan is federation {plan.federation}'s, but this site belongs to {federation}")
     return plan
@@ -47,7 +30,7 @@ def read_task(message: Task, body: bytes, federation_key: bytes, plan: Plan, sit
     """Return the manifest of a task that this site is to do.
 
     Raises:
-        MessageError: body and hash differ, or plan, course or cohort do not fit.
+        MessageError: body and hash differ, or federation, plan, course or cohort do not fit.
         IdentityError: the federation did not sign it.
         TensorsError: it is no manifest.
     """
@@ -56,8 +39,10 @@ def read_task(message: Task, body: bytes, federation_key: bytes, plan: Plan, sit
     if not is_signed(federation_key, message.signature, TASK_CONTEXT, body):
         raise IdentityError("task is not signed by the federation's key")
     manifest = TaskManifest.unpack(body)
-    if manifest.federation != plan.federation or manifest.plan != plan.digest:
-        raise MessageError("task belongs to another federation or another plan")
+    if manifest.federation != plan.federation:
+        raise MessageError(f"task is federation {manifest.federation}'s, but this site belongs to {plan.federation}")
+    if manifest.plan != plan.digest:
+        raise MessageError("task goes by another plan than the coordinator sent")
     if site not in manifest.cohort:
         raise MessageError(f"task is not for site {site}")
     if Step(manifest.kind, manifest.round) not in course(plan):

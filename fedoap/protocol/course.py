@@ -35,10 +35,9 @@ def course(plan: Plan) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def due(plan: Plan, closed: Sequence[ClosedExchange]) -> Step | None:
+def due(steps: Sequence[Step], closed: Sequence[ClosedExchange]) -> Step | None:
     """Return the first step that is not done, or None where all are."""
     done = sum(one.outcome == "done" for one in closed)
-    steps = course(plan)
     return steps[done] if done < len(steps) else None
 
 

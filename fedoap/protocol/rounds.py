@@ -14,7 +14,7 @@ from fedoap.errors import RefusedError
 from fedoap.identity import TASK_CONTEXT, Roster, sign
 from fedoap.messages import FromCoordinator, Idle, Progress, Task
 from fedoap.protocol.attendance import Attendance, Gathering
-from fedoap.protocol.course import Step, attempts, due
+from fedoap.protocol.course import Step, attempts, course, due
 from fedoap.protocol.events import (
     Aggregate,
     AggregateFailed,
@@ -51,7 +51,7 @@ class Rounds:
         self.exchange: Exchange | None = None
         self.progress: dict[str, Progress] = {}
         self.now = 0.0
-        self._signing_key = signing_key
+        self._course, self._signing_key = course(config.plan), signing_key
         self._gathering = Gathering(config.quorum, config.rounds.silence_seconds)
         self._silent: frozenset[str] = frozenset()
         self._has_ended = False
@@ -59,7 +59,7 @@ class Rounds:
     @property
     def step(self) -> Step | None:
         """What is under way or comes next; None where all is done."""
-        return due(self.plan, self.history.closed)
+        return due(self._course, self.history.closed)
 
     @property
     def end(self) -> Idle | None:

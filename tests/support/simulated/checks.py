@@ -1,0 +1,91 @@
+"""What must hold after every step of every world; written without the code that it checks."""
+
+from fedoap.config import FederationConfig
+from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
+from fedoap.protocol.coordinator import Coordinator
+from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
+from fedoap.protocol.history import Record
+from fedoap.tensors import BlobManifest
+from fedoap.transfer import WINDOW_CHUNKS
+
+Blobs = dict[bytes, tuple[BlobManifest, bytes]]
+
+
+class Checks:
+    """The invariants, told of every message and every record."""
+
+    def __init__(self, config: FederationConfig) -> None:
+        self._config = config
+        self._credit: dict[tuple[bytes, bytes], int] = {}
+        self._open: RecordOpened | None = None
+        self._durable: dict[bytes, Update] = {}
+        self._model: BlobManifest | None = None
+        self._done: list[tuple[str, int]] = []
+        self._counted: set[bytes] = set()
+
+    def sent(self, header: bytes, body: bytes) -> None:
+        assert b"personal." not in header + body, "a personal parameter's name occurs in a message"
+
+    def coordinator_says(self, route: bytes, message: FromCoordinator) -> None:
+        match message:
+            case Go(upload, _, upto) | Credit(upload, upto):
+                key = (route, upload)
+                self._credit[key] = max(upto, self._credit.get(key, 0))
+            case Commit(upload):
+                assert upload in self._durable, "an upload was committed that is not durable"
+            case Task(task):
+                assert self._open is not None, "a task was sent that is not on record"
+                assert self._open.task == task, "a task was sent that is not on record"
+            case _:
+                pass
+
+    def site_says(self, route: bytes, message: FromSite, size: int) -> None:
+        if isinstance(message, Chunk):
+            credit = self._credit.get((route, message.upload), 0)
+            assert message.at + size <= credit, "a site sent more than it had credit for"
+
+    def merging(self, effect: Aggregate) -> None:
+        sites = [update.site for update in effect.updates]
+        assert sites == sorted(set(sites)), "an update was counted twice, or out of order"
+        assert len(sites) >= (1 if effect.manifest.kind == "init" else self._config.quorum), "merged without a quorum"
+        for update in effect.updates:
+            assert update.upload in self._durable, "an update was counted that is not durable"
+            assert update.manifest.task == effect.task, "an update of another task was counted"
+
+    def recorded(self, record: RecordOpened | Update | RecordClosed) -> None:
+        match record:
+            case RecordOpened():
+                assert self._open is None, "an exchange was opened while another was open"
+                assert record.manifest.model == self._model, "a task does not go by the published model"
+                self._open = record
+            case Update():
+                assert self._open is not None, "an update was recorded while no exchange was open"
+                assert record.manifest.task == self._open.task, "an update of another task was recorded"
+                self._durable[record.upload] = record
+            case RecordClosed():
+                self._closed(record)
+
+    def _closed(self, record: RecordClosed) -> None:
+        opened, self._open = self._open, None
+        assert opened is not None, "an exchange was closed that was not open"
+        assert opened.task == record.task, "an exchange was closed that was not open"
+        sites = [self._durable[upload].site for upload in record.counted]
+        assert len(set(sites)) == len(sites), "an update was counted twice"
+        assert not self._counted & set(record.counted), "an update was counted in two exchanges"
+        self._counted |= set(record.counted)
+        if record.outcome == "done":
+            step = opened.manifest.kind, opened.manifest.round
+            assert step not in self._done, "a step was done twice"
+            self._done.append(step)
+            self._model = record.result if opened.manifest.kind in ("init", "train") else self._model
+
+    def credit_is_bounded(self, coordinator: Coordinator, chunk_bytes: int) -> None:
+        uploads = coordinator._rounds.uploads._of.values()
+        open_bytes = [one.receiver.upto - one.receiver.at for one in uploads if one.receiver.upto > one.receiver.at]
+        assert len(open_bytes) <= self._config.coordinator.uploads_at_once, "too many uploads hold credit"
+        most = WINDOW_CHUNKS * chunk_bytes
+        assert all(size <= most for size in open_bytes), "an upload holds more than one window of credit"
+
+    def kept(self, blobs: Blobs, manifest: BlobManifest, raw: bytes) -> None:
+        if manifest.id in blobs:
+            assert blobs[manifest.id][1] == raw, "a published blob changed"

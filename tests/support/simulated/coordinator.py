@@ -1,0 +1,165 @@
+"""The coordinator's daemon in the simulation: records and blobs outlast a crash, all else does not."""
+
+import random
+from collections.abc import Callable
+
+from federation_builders import FEDERATION_SECRET, roster
+from fedoap import tensors
+from fedoap.config import FederationConfig
+from fedoap.protocol.coordinator import Coordinator
+from fedoap.protocol.events import (
+    Aggregate,
+    AggregateFailed,
+    Aggregated,
+    CoordinatorEffect,
+    CoordinatorEvent,
+    DropPart,
+    FinishPart,
+    Note,
+    OpenPart,
+    RecordClosed,
+    RecordOpened,
+    Send,
+    SendBlob,
+    Stored,
+    StoreFailed,
+    Tick,
+    Update,
+    WritePart,
+)
+from fedoap.messages import Data, FromCoordinator
+from fedoap.protocol.history import Record, replay
+from fedoap.tensors import BlobManifest
+from simulated.checks import Checks
+from simulated.network import TICK_SECONDS, Clock, Faults
+from simulated.training import merge
+
+
+class Crashed(Exception):
+    """The process is gone; what it had recorded is not."""
+
+
+class CoordinatorProcess:
+    """Runs the machine, carries out its effects, crashes before one of them now and then, and comes back."""
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        clock: Clock,
+        rng: random.Random,
+        faults: Faults,
+        checks: Checks,
+        send: Callable[[bytes, FromCoordinator, bytes], None],
+        gone: Callable[[], None],
+    ) -> None:
+        self._config, self._clock, self._rng, self._faults, self._checks = config, clock, rng, faults, checks
+        self._send, self._gone = send, gone
+        self.records: list[Record] = []
+        self.blobs: dict[bytes, tuple[BlobManifest, bytes]] = {}
+        self._parts: dict[bytes, bytearray] = {}
+        self.machine: Coordinator | None = None
+        self.life = 0
+        self.crashes = 0
+
+    def boot(self) -> None:
+        self.life += 1
+        self._parts = {}
+        history = replay(self.records)
+        self.machine = Coordinator(
+            self._config, roster(), history, signing_key=FEDERATION_SECRET, random_bytes=self._rng.randbytes, software="sim"
+        )
+        self._carry_out(self.machine.start(self._clock.now))
+        self._tick(self.life)
+
+    def handle(self, event: CoordinatorEvent) -> None:
+        if self.machine is not None:
+            self._carry_out(self.machine.handle(event, self._clock.now))
+
+    def _tick(self, life: int) -> None:
+        if life == self.life and self.machine is not None:
+            self.handle(Tick())
+            self._clock.after(TICK_SECONDS, lambda: self._tick(life))
+
+    def _carry_out(self, effects: list[CoordinatorEffect]) -> None:
+        try:
+            for effect in effects:
+                if self._rng.random() < self._faults.crash_coordinator:
+                    raise Crashed
+                self._do(effect)
+        except Crashed:
+            self.crash()
+        if self.machine is not None:
+            self._checks.credit_is_bounded(self.machine, tensors.CHUNK_BYTES)
+
+    def crash(self) -> None:
+        self.crashes += 1
+        self.machine = None
+        self._gone()
+        self._clock.after(self._rng.random() * 20, self.boot)
+
+    def _later(self, event: CoordinatorEvent, seconds: float = 0.0) -> None:
+        life = self.life
+        self._clock.after(seconds, lambda: self.handle(event) if life == self.life else None)
+
+    def _full(self) -> bool:
+        return self._rng.random() < self._faults.disk_full
+
+    def _do(self, effect: CoordinatorEffect) -> None:
+        match effect:
+            case Send(route, message, body):
+                self._checks.coordinator_says(route, message)
+                self._send(route, message, body)
+            case SendBlob(route, blob, at, upto):
+                self._send_blob(route, blob, at, upto)
+            case OpenPart(part, size):
+                if self._full():
+                    self._later(StoreFailed(part, "no_space", "no space left on the disk"))
+                else:
+                    self._parts[part] = bytearray(size)
+            case WritePart(part, at, data):
+                self._parts.get(part, bytearray())[at : at + len(data)] = data
+            case FinishPart():
+                self._finish(effect)
+            case DropPart(part):
+                self._parts.pop(part, None)
+            case Aggregate():
+                self._aggregate(effect)
+            case RecordOpened() | RecordClosed():
+                if self._full():
+                    raise Crashed  # the daemon ends when its ledger cannot be written
+                self._record(effect)
+            case Note():
+                pass
+
+    def _send_blob(self, route: bytes, blob: bytes, at: int, upto: int) -> None:
+        manifest, raw = self.blobs[blob]
+        for start in range(at, upto, manifest.chunk_bytes):
+            self._send(route, Data(blob, start), raw[start : start + manifest.chunk_bytes])
+
+    def _finish(self, effect: FinishPart) -> None:
+        raw = self._parts.pop(effect.part, None)
+        if raw is None:
+            return  # its failure is on the way
+        if self._full():
+            return self._later(StoreFailed(effect.part, "no_space", "no space left on the disk"))
+        assert effect.upload is not None
+        self._keep(effect.blob, bytes(raw))
+        self._record(Update(effect.site, effect.part, effect.upload))
+        return self._later(Stored(effect.part))
+
+    def _aggregate(self, effect: Aggregate) -> None:
+        self._checks.merging(effect)
+        if self._full():
+            return self._later(AggregateFailed(effect.task, "no space left on the disk"), 1.0)
+        updates = [(update.manifest, self.blobs[update.manifest.blob.id][1]) for update in effect.updates]
+        manifest, raw = merge(effect.manifest, updates)
+        self._keep(manifest, raw)
+        return self._later(Aggregated(effect.task, manifest), 1.0)
+
+    def _keep(self, manifest: BlobManifest, raw: bytes) -> None:
+        self._checks.kept(self.blobs, manifest, raw)
+        self.blobs[manifest.id] = (manifest, raw)
+
+    def _record(self, record: Record) -> None:
+        self.records.append(record)
+        self._checks.recorded(record)
