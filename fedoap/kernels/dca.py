@@ -63,16 +63,16 @@ def _joint(x: _Tokens, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Return attention and log-sum-exp of one softmax over local and bank keys; q is scaled already."""
     length = x.k.shape[2]
     logits = torch.cat([x.q @ x.k.mT, _by_head(x.q, x.bank_k.mT) + bias], -1)  # (B, H, N, L + M)
-    weights, lse = _softmax(logits)
-    return weights[..., :length] @ x.v + _by_head(weights[..., length:], x.bank_v), lse
+    weights, total, lse = _softmax(logits)
+    return (weights[..., :length] @ x.v + _by_head(weights[..., length:], x.bank_v)) / total, lse
 
 
 def _gated(x: _Tokens, bias: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Return local attention plus gate times bank attention, and the two log-sum-exps stacked."""
-    local_weights, local_lse = _softmax(x.q @ x.k.mT)
-    bank_weights, bank_lse = _softmax(_by_head(x.q, x.bank_k.mT) + bias)
-    out = local_weights @ x.v + gate[..., None] * _by_head(bank_weights, x.bank_v)
-    return out, torch.stack([local_lse, bank_lse])
+    weights, total, local_lse = _softmax(x.q @ x.k.mT)
+    local = weights @ x.v / total
+    weights, total, bank_lse = _softmax(_by_head(x.q, x.bank_k.mT) + bias)
+    return local + gate[..., None] * _by_head(weights, x.bank_v) / total, torch.stack([local_lse, bank_lse])
 
 
 def _by_head(x: Tensor, y: Tensor) -> Tensor:
@@ -83,19 +83,24 @@ def _by_head(x: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(folded, y).view(heads, batch, rows, y.shape[-1]).transpose(0, 1)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax and log-sum-exp over the last dimension; 0 and -inf where no logit is above -inf."""
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights, their total (..., 1) and the log-sum-exp (...) of the last dimension.
+
+    The weights are not normalised: dividing what they average costs a pass less over the largest tensor.
+    Where no logit is above -inf they are 0, their total is 1, and the log-sum-exp is -inf.
+    """
     if logits.shape[-1] == 0:
-        return logits, logits.new_full(logits.shape[:-1], -torch.inf)
+        none = logits.sum(-1, keepdim=True)
+        return logits, none + 1, (none - torch.inf).squeeze(-1)
     pivot = logits.detach().amax(-1, keepdim=True)
     pivot = torch.where(pivot == -torch.inf, 0.0, pivot)
-    weights = torch.exp(logits - pivot)
+    weights = (logits - pivot).exp_()
     total = weights.sum(-1, keepdim=True)
     # a dead row's total is 0: dividing by 1 instead keeps 0/0 and log(0) out of the backward pass too
     dead = total == 0
     total = torch.where(dead, 1.0, total)
     lse = torch.where(dead, -torch.inf, pivot + torch.log(total))
-    return weights / total, lse.squeeze(-1)
+    return weights, total, lse.squeeze(-1)
 
 
 def _ordered_like(x: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ float32.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args, overload
 
@@ -105,24 +106,27 @@ def _band(mask: Tensor, radius: int, element: Element) -> Tensor:
 
 
 def _dilate(mask: Tensor, radius: int, element: Element) -> Tensor:
-    grown = mask.float()
-    axes = range(mask.dim() - 2)
-    if element == "square":
-        for axis in axes:
-            grown = _running_maximum(grown, axis, radius)
-    else:
-        # within a box, `radius` steps to face neighbours reach just the voxels of the diamond
-        for _ in range(radius):
-            grown = torch.stack([_running_maximum(grown, axis, 1) for axis in axes]).amax(0)
-    return grown > 0
+    axes = range(2, mask.dim())
+    match element:
+        case "square":
+            for axis in axes:
+                for _ in range(radius):
+                    mask = _touched(mask, (axis,))
+        case "cross":
+            # within a box, `radius` steps to face neighbours reach just the voxels of the diamond
+            for _ in range(radius):
+                mask = _touched(mask, axes)
+    return mask
 
 
-def _running_maximum(x: Tensor, axis: int, radius: int) -> Tensor:
-    dimensions = x.dim() - 2
-    size, padding = [1] * dimensions, [0] * dimensions
-    size[axis], padding[axis] = 2 * radius + 1, radius
-    pool = F.max_pool2d if dimensions == 2 else F.max_pool3d  # pads with -inf: voxels outside never count
-    return pool(x, size, stride=1, padding=padding)
+def _touched(mask: Tensor, axes: Iterable[int]) -> Tensor:
+    """Return the voxels in the mask or next to one along an axis; nothing comes in over the border."""
+    grown = mask.clone()
+    for axis in axes:
+        rest = mask.shape[axis] - 1
+        grown.narrow(axis, 1, rest).logical_or_(mask.narrow(axis, 0, rest))
+        grown.narrow(axis, 0, rest).logical_or_(mask.narrow(axis, 1, rest))
+    return grown
 
 
 def _with_noise(z: Tensor, region: Tensor, seed: Tensor, sigma: float) -> Tensor:
