@@ -6,14 +6,18 @@ round that starts in a new process goes on exactly where the last one stopped.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from fedoap.config import TrainingConfig
 from fedoap.errors import TrainingError
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+"""Of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), as PyTorch has them."""
+_FIELDS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def round_rate(config: TrainingConfig, number: int, step: int) -> float:
@@ -41,34 +45,52 @@ def cosine_rate(rate: float, step: int, steps: int) -> float:
 
 
 class SiteOptimizer:
-    """AdamW over named parameters; a parameter without gradient in a step is left alone by it."""
+    """AdamW over named parameters; a parameter without gradient in a step is left alone by it.
+
+    PyTorch's function is called instead of its class: making a `torch.optim.Optimizer` imports the
+    compiler, which takes as long as dozens of steps of a small network.
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> None:
         self._parameters = dict(parameters)
-        self._clip = config.gradient_clip
-        self._adamw = torch.optim.AdamW(
-            self._parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self._config = config
+        self._moments: dict[str, _Moments] = {}
 
     def zero(self) -> None:
         """Forget all gradients."""
-        self._adamw.zero_grad(set_to_none=True)
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
+    @torch.no_grad()
     def step(self, rate: float) -> None:
         """Clip the gradient and move the parameters that have one."""
-        if self._clip > 0:
-            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._clip)
-        for group in self._adamw.param_groups:
-            group["lr"] = rate
-        self._adamw.step()
+        if self._config.gradient_clip > 0:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._config.gradient_clip)
+        moved = [(name, p, p.grad) for name, p in self._parameters.items() if p.grad is not None]
+        moments = [self._of(name, parameter) for name, parameter, _ in moved]
+        adamw(
+            [parameter for _, parameter, _ in moved],
+            [gradient for _, _, gradient in moved],
+            [each.exp_avg for each in moments],
+            [each.exp_avg_sq for each in moments],
+            [],
+            [each.step for each in moments],
+            fused=True,
+            amsgrad=False,
+            beta1=BETA1,
+            beta2=BETA2,
+            lr=rate,
+            weight_decay=self._config.weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Return the moments of every parameter that was ever moved, as `NAME.exp_avg` and so on, on the CPU."""
         return {
-            f"{name}.{moment}": self._adamw.state[parameter][moment].detach().cpu().clone()
-            for name, parameter in self._parameters.items()
-            if parameter in self._adamw.state
-            for moment in _MOMENTS
+            f"{name}.{field}": getattr(moments, field).cpu().clone()
+            for name, moments in self._moments.items()
+            for field in _FIELDS
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -78,12 +100,25 @@ class SiteOptimizer:
             TrainingError: a moment has another shape than its parameter.
         """
         for name, parameter in self._parameters.items():
-            found = {moment: state[f"{name}.{moment}"] for moment in _MOMENTS if f"{name}.{moment}" in state}
-            if len(found) < len(_MOMENTS):
+            found = [state[f"{name}.{field}"] for field in _FIELDS if f"{name}.{field}" in state]
+            if len(found) < len(_FIELDS):
                 continue
-            if found["exp_avg"].shape != parameter.shape:
-                shapes = f"{tuple(found['exp_avg'].shape)}, but the parameter's is {tuple(parameter.shape)}"
+            if found[0].shape != parameter.shape:
+                shapes = f"{tuple(found[0].shape)}, but the parameter's is {tuple(parameter.shape)}"
                 raise TrainingError(f"kept moments of {name}: shape is {shapes}")
-            self._adamw.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) for moment, value in found.items()
-            }
+            self._moments[name] = _Moments(*(value.to(parameter.device, copy=True) for value in found))
+
+    def _of(self, name: str, parameter: Tensor) -> "_Moments":
+        if name not in self._moments:
+            step = torch.zeros((), device=parameter.device)
+            self._moments[name] = _Moments(torch.zeros_like(parameter), torch.zeros_like(parameter), step)
+        return self._moments[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """Running means of the gradient and its square, and how many steps made them."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor

@@ -80,6 +80,22 @@ def test_moments_that_were_kept_go_on_where_they_stopped() -> None:
     assert all(torch.equal(whole[name], first[name]) for name in whole)
 
 
+def test_the_steps_are_those_of_torch() -> None:
+    values, theirs = parameters(), parameters()
+    config = CONFIG.model_copy(update={"gradient_clip": 0.0})
+    ours = SiteOptimizer(values, config)
+    adamw = torch.optim.AdamW(theirs.values(), lr=0.1, weight_decay=0.1)
+
+    for _ in range(5):
+        step(ours, values)
+        adamw.zero_grad()
+        sum(((value - 1) ** 2).sum() for value in theirs.values()).backward()  # type: ignore[union-attr]
+        adamw.step()
+
+    for name, value in theirs.items():
+        torch.testing.assert_close(values[name], value)
+
+
 def test_a_parameter_without_gradient_stays_without_moments() -> None:
     values = parameters()
     before = values["b"].detach().clone()
