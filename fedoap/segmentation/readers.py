@@ -122,7 +122,7 @@ def _read(path: Path, dimensions: int, case: Case, *, mask: bool = False) -> Vol
             warnings.filterwarnings("ignore", message="PydicomReader: ImageOrientationPatient")
             match kind:
                 case "picture":
-                    return _picture(path, mask=mask)
+                    return _picture(path, dimensions, mask=mask)
                 case "nifti":
                     return _nifti(path, dimensions)
                 case "dicom":
@@ -134,7 +134,7 @@ def _read(path: Path, dimensions: int, case: Case, *, mask: bool = False) -> Vol
         raise DataError(f"case {case.name}: {path} is not readable as {kind}: {text}") from None
 
 
-def _picture(path: Path, *, mask: bool) -> Volume:
+def _picture(path: Path, dimensions: int, *, mask: bool) -> Volume:
     from monai.data.image_reader import PILReader
     from PIL.Image import Image
 
@@ -146,7 +146,7 @@ def _picture(path: Path, *, mask: bool) -> Volume:
 
     reader = PILReader(converter=plain, reverse_indexing=False)
     array = np.asarray(reader.get_data(reader.read(path))[0], dtype=np.float32)
-    return _volume(array[..., None] if array.ndim == 2 else array, array.shape[:2], None, 2)
+    return _volume(array[..., None] if array.ndim == 2 else array, array.shape[:2], None, dimensions)
 
 
 def _nifti(path: Path, dimensions: int) -> Volume:
