@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from easy_site import easy_place, easy_plan
+from fedoap.config import CalibrationConfig
+from fedoap.segmentation.calibration import calibrate, look_steps, train_alone
+from fedoap.segmentation.descent import Progress, Workplace
+from fedoap.segmentation.network import FedOAPNet
+from fedoap.segmentation.sitemodel import SiteModel
+from fedoap.segmentation.training import site_optimizer, train_round
+
+
+def trained(place: Workplace) -> SiteModel:
+    model = SiteModel(place.plan)
+    train_round(model, site_optimizer(model, place), None, 1, place)
+    return model
+
+
+def equal(one: FedOAPNet, two: FedOAPNet) -> bool:
+    ours, theirs = one.state_dict(), two.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_calibration_moves_a_copy_and_measures_both_paths(tmp_path: Path) -> None:
+    """Fails when the personal network itself is moved, which would move the shared weights with it."""
+    useful = CalibrationConfig(steps=20, evaluations=2, learning_rate=1e-2)
+    place = easy_place(tmp_path, easy_plan(steps=4, calibration=useful))
+    model = trained(place)
+    before = model.shared_state() | model.personal_state()
+
+    network, metrics = calibrate(model, None, place)
+
+    after = model.shared_state() | model.personal_state()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert not equal(network, model.personal)
+    assert set(metrics) == {
+        "dice_validation_before", "dice_validation", "dice_test_before", "dice_test", "iou_test", "hd95_test",
+        "nsd_test", "dice_test_shared", "steps",
+    }  # fmt: skip
+    assert metrics["dice_validation"] > metrics["dice_validation_before"]
+
+
+def test_the_best_state_is_kept_even_when_it_is_the_first(tmp_path: Path) -> None:
+    """Fails when the last state is kept, or the state before does not compete."""
+    harmful = CalibrationConfig(steps=4, evaluations=3, learning_rate=50.0)
+    place = easy_place(tmp_path, easy_plan(steps=30, calibration=harmful))
+    model = trained(place)
+
+    network, metrics = calibrate(model, None, place)
+
+    assert equal(network, model.personal)
+    assert metrics["dice_validation"] == metrics["dice_validation_before"]
+    assert metrics["dice_test"] == metrics["dice_test_before"]
+
+
+def test_no_steps_only_measure(tmp_path: Path) -> None:
+    place = easy_place(tmp_path, easy_plan(steps=4, calibration=CalibrationConfig(steps=0)))
+    model = trained(place)
+
+    network, metrics = calibrate(model, None, place)
+
+    assert equal(network, model.personal)
+    assert metrics["steps"] == 0
+    assert metrics["dice_test"] == metrics["dice_test_before"]
+
+
+def test_the_same_calibration_gives_the_same_bits(tmp_path: Path) -> None:
+    """Fails when the noise comes from torch's own generator."""
+    settings = CalibrationConfig(steps=3, evaluations=1, sigma=5.0, lam=0.9, region="band")
+    place = easy_place(tmp_path, easy_plan(steps=6, calibration=settings))
+    model = trained(place)
+
+    one, two = (calibrate(model, None, place)[0] for _ in range(2))
+
+    assert equal(one, two)
+
+
+def test_validation_is_looked_at_as_often_as_configured(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    settings = CalibrationConfig(steps=6, evaluations=4)
+    place = easy_place(tmp_path, easy_plan(rounds=1, steps=4, calibration=settings), seen.append)
+
+    train_alone(place)
+    alone = [each.step for each in seen if each.dice >= 0]
+    seen.clear()
+    calibrate(SiteModel(place.plan), None, place)
+
+    assert alone == [4, 6, 8, 10]
+    assert [each.step for each in seen if each.dice >= 0] == [0, 2, 4, 6]
+    assert {each.steps for each in seen} == {6}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7, 200])
+@pytest.mark.parametrize("evaluations", [1, 2, 5, 50])
+def test_looks_run_from_the_start_to_the_end(steps: int, evaluations: int) -> None:
+    looks = look_steps(steps, evaluations)
+
+    assert (looks[0], looks[-1]) == (0, steps)
+    assert len(looks) == min(max(2, evaluations), steps + 1)
+
+
+def test_training_alone_learns_an_easy_problem_in_the_steps_of_a_federated_course(tmp_path: Path) -> None:
+    plan = easy_plan(rounds=2, steps=40, calibration=CalibrationConfig(steps=10, evaluations=2))
+    place = easy_place(tmp_path, plan)
+
+    _, metrics = train_alone(place)
+
+    assert set(metrics) == {
+        "loss", "dice_validation", "dice_test", "iou_test", "hd95_test", "nsd_test", "steps",
+    }  # fmt: skip
+    assert metrics["steps"] == 90
+    assert metrics["dice_test"] > 0.8
+
+
+def test_training_alone_starts_from_the_weights_that_the_federation_starts_from(tmp_path: Path) -> None:
+    """Fails when the comparison's network is built from another seed."""
+    plan = easy_plan(rounds=1, calibration=CalibrationConfig(steps=0))
+    still = plan.model_copy(update={"training": plan.training.model_copy(update={"learning_rate": 1e-30})})
+    place = easy_place(tmp_path, still)
+
+    network, _ = train_alone(place)
+
+    federated = SiteModel(plan).shared_state()
+    for name, value in network.named_parameters():
+        twin = name if name in federated else name.replace("bottleneck_q", "bottleneck_kv")
+        assert np.allclose(value.detach().numpy(), federated[twin], atol=1e-12), name
