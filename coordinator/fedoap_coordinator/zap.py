@@ -79,6 +79,13 @@ class Zap(ThreadAuthenticator):
         """Return the User-Id of a key; an empty one, which no peer has, if it was withdrawn a moment ago."""
         return self.doors.users.get(client_public_key, "")
 
+    def stop(self) -> None:
+        """End the handler's thread; one that died already is not waited for."""
+        if self.pipe and not self.is_alive():
+            self.pipe.close()
+            self.pipe = None  # type: ignore[assignment]  # as the parent does
+        super().stop()
+
     def check(self) -> None:
         """Return if the handler's thread is alive.
 
