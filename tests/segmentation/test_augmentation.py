@@ -54,19 +54,18 @@ def test_shapes_values_and_types_stay_what_they_were(shape: tuple[int, ...], mod
 
 @pytest.mark.parametrize("shape", [(64, 48), (24, 32, 16)])
 def test_the_mask_moves_with_its_image(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
-    """Seen failing with the mask sampled on the grid of the next item."""
+    """Seen failing with each mask sampled on the grid of the item before."""
     only(monkeypatch, flips=((0, 1), (0, 1, 2)), rotation_degrees=40, scale=1.4, shift=0.1, elastic=0.03)
-    images, labels = blob(shape, batch=6)
+    labels = torch.stack([mask.roll(index, -1) for index, mask in enumerate(blob(shape, batch=6)[1])])
 
-    changed, masks = run(images, labels)
+    changed, masks = run(3 * labels - 1, labels)
 
     bright = (changed >= 0.5).float()
-    assert torch.equal(bright, masks)
+    assert (bright != masks).float().mean() < 1e-3
     assert not torch.equal(masks, labels)
 
 
 def test_without_any_strength_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen failing with the axes of the normalised matrix in the array's order."""
     only(monkeypatch)
     images = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 2, 20, 28)).astype(np.float32))
     labels = (images[:, :1] > 1).float()
@@ -91,7 +90,7 @@ def test_mirrored_images_are_mirrored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_turn_keeps_lengths_though_the_image_is_not_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen failing with the rotation taken in normalised coordinates."""
+    """Seen failing with the rotation in normalised coordinates, and with the axes in the array's order."""
     only(monkeypatch, rotation_degrees=90)
     down, across = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(32) - 15.5, indexing="ij")
     labels = ((down**2 + across**2) < 100).float().expand(8, 1, 64, 32).clone()
@@ -134,7 +133,7 @@ def test_steps_and_items_differ() -> None:
 
 
 def test_an_item_changes_as_it_would_in_another_batch() -> None:
-    """Seen failing with one stream for the batch."""
+    """Seen failing with the streams numbered by an item's place in its batch."""
     images, labels = blob((16, 16))
 
     alone = augmented(images[2:3], labels[2:3], "mr", seed=3, step=0, items=[2])[0]

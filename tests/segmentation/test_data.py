@@ -204,7 +204,7 @@ def test_a_batch_has_the_plans_shape_and_masks_of_zero_and_one(tmp_path: Path) -
 
 @pytest.mark.parametrize("start", [1, 4])
 def test_a_restart_at_a_step_sees_the_batches_it_would_have_seen(tmp_path: Path, start: int) -> None:
-    """Seen failing with the augmentation's stream counted from the process's own start."""
+    """Seen failing with a step left out on the way."""
     data = site(tmp_path)
     cases = load_datalist(data, "training")
 
@@ -275,7 +275,7 @@ def test_cases_beyond_the_memory_budget_come_from_the_cache(tmp_path: Path, monk
 
 
 def test_a_mask_returns_to_the_pictures_grid(tmp_path: Path) -> None:
-    """Seen failing with the padding taken off the wrong side."""
+    """Seen failing with the content sought in the grid's corner."""
     case, data = first(tmp_path, shape=(16, 9))
     prepared = load_case(case, data, plan())
     assert prepared.label is not None
@@ -321,16 +321,19 @@ sizes = st.integers(1, 40)
 
 
 @given(shape=st.tuples(sizes, sizes), size=st.tuples(sizes, sizes), spacing=st.sampled_from([None, (0.5, 2.0)]))
-def test_the_whole_image_fits_and_touches_the_borders(
+def test_the_whole_image_fits_touches_the_borders_and_keeps_its_aspect(
     shape: tuple[int, int], size: tuple[int, int], spacing: tuple[float, float] | None
 ) -> None:
-    """Seen failing with the larger of the two scales."""
+    """Seen failing with the larger of the two scales, cut off at the grid's size."""
     grid = Grid(shape, shape, (0, 1), (False, False), spacing_mm=spacing)
 
     geometry = Geometry.fitted(grid, size, None)
 
     assert all(1 <= n <= most for n, most in zip(geometry.content, size, strict=True))
     assert any(n == most for n, most in zip(geometry.content, size, strict=True))
+    lengths = [n * step for n, step in zip(shape, spacing or (1.0, 1.0), strict=True)]
+    scale = min(n / length for n, length in zip(size, lengths, strict=True))
+    assert all(abs(n - max(1, length * scale)) <= 0.5 for n, length in zip(geometry.content, lengths, strict=True))
 
 
 @given(shape=st.tuples(sizes, sizes), source=st.tuples(sizes, sizes))

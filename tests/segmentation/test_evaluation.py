@@ -73,7 +73,7 @@ def test_distances_are_in_the_unit_of_the_spacing() -> None:
 
 
 def test_the_measures_agree_with_a_slow_count_on_noise() -> None:
-    """Seen failing with the 95th percentile taken over both directions together."""
+    """Seen failing with the largest distance for the 95th percentile, and with the spacing left out."""
     random = np.random.default_rng(4)
     for _ in range(5):
         ours, theirs = (_lump(random) for _ in range(2))

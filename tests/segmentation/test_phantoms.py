@@ -82,7 +82,7 @@ def test_volumes_are_written_as_nifti_with_millimetres(tmp_path: Path, organ: Or
 
 
 def test_the_seed_fixes_every_byte(tmp_path: Path) -> None:
-    """Seen failing with the patient's stream also used for the image's noise."""
+    """Seen failing with the lesions drawn from NumPy's own entropy."""
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         write_phantoms(tmp_path / name, "lung-ct", COUNTS, (48, 48), seed)
 
@@ -91,6 +91,7 @@ def test_the_seed_fixes_every_byte(tmp_path: Path) -> None:
 
 
 def test_a_patients_images_share_their_anatomy_and_nothing_else() -> None:
+    """Seen failing with one stream for all images of a patient, and with one for each image's anatomy."""
     ours, theirs = (phantom("brain-mr", (64, 64), 0, 3, part) for part in range(2))
     other = phantom("brain-mr", (64, 64), 0, 4, 0)
     healthy = (ours.label + theirs.label + other.label) == 0
