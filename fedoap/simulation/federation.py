@@ -38,7 +38,7 @@ def run_federation(config: SimulationConfig, layout: Layout, processes: Processe
         command = [*NODE, "--site", name, "--home", str(layout.home), "--exit-when-finished"]
         nodes.append(processes.start(name, command))
     _follow(coordinator, len(nodes) - config.federation.quorum, layout, processes, display)
-    processes.wait(nodes, LEAVE_SECONDS)
+    processes.wait([coordinator, *nodes], LEAVE_SECONDS)
     processes.run("export", [*COORDINATOR, "export", str(layout.model), *settings])
 
 
@@ -55,7 +55,7 @@ class Log:
     at: int = field(default=0, init=False)
 
     def new(self) -> Iterator[dict[str, object]]:
-        """Yield the complete lines that were written since the last call."""
+        """Yield the complete lines that were written since the last call; what is no JSON object is passed over."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -63,8 +63,7 @@ class Log:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self.at += len(whole)
-        for line in whole.splitlines():
-            yield json.loads(line)
+        yield from (json.loads(line) for line in whole.splitlines() if line.startswith(b"{"))
 
 
 def _await_endpoint(layout: Layout, coordinator: Child) -> None:
