@@ -208,6 +208,8 @@ class UploadManifest:
             } if not rest and cases >= 0:
                 if not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values()):
                     raise TensorsError("upload: a metric is not a finite number")
+                if not all(isinstance(name, str) and 0 < len(name) <= 64 for name in metrics):
+                    raise TensorsError("upload: a metric's name must have 1 to 64 characters")
                 return cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob))
             case _:
                 raise TensorsError("upload: keys or types are not those of version 1")

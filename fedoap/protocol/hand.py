@@ -105,7 +105,7 @@ class Hand:
         if work is None or work.stage != "working" or not (math.isfinite(event.loss) and math.isfinite(event.dice)):
             return []
         stage = event.stage[:64] or work.manifest.kind
-        return [Say(Progress(work.task, stage, event.step, event.steps, event.loss, event.dice))]
+        return [Say(Progress(work.task, stage, event.step, event.steps, float(event.loss), float(event.dice)))]
 
     def upload(self, message: Go | Credit | Wait | Commit, now: float) -> Effects:
         """Return what becomes due by the coordinator's word on the result."""

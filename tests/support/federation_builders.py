@@ -7,11 +7,12 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from fedoap import tensors
 from fedoap.config import FederationConfig
 from fedoap.identity import Member, Roster
 from fedoap.tensors import BlobManifest, Dtype, TensorSpec, bfloat16_bits
 
+CHUNK_BYTES = 64
+"""So small in these tests that a few numbers are several chunks; `tests/protocol/conftest.py` sees to it."""
 SITES = ("alpha", "beta", "gamma")
 FEDERATION_SECRET = hashlib.sha256(b"federation").digest()
 
@@ -59,14 +60,14 @@ def config(
 
 
 def blob(arrays: Mapping[str, NDArray[np.generic]], dtype: Dtype = "float32") -> tuple[BlobManifest, bytes]:
-    """Manifest and bytes of a set of tensors, in chunks of `fedoap.tensors.CHUNK_BYTES` as it is now."""
+    """Manifest and bytes of a set of tensors, in small chunks."""
     specs, raw = [], b""
     for name in sorted(arrays):
         array = arrays[name]
         kind: Dtype = dtype if np.issubdtype(array.dtype, np.floating) else "int64"
         specs.append(TensorSpec(name, kind, array.shape))
         raw += _bytes(array, kind)
-    step = tensors.CHUNK_BYTES
+    step = CHUNK_BYTES
     hashes = b"".join(hashlib.sha256(raw[at : at + step]).digest() for at in range(0, len(raw), step))
     return BlobManifest(tuple(specs), hashes, step), raw
 

@@ -4,7 +4,6 @@ from fedoap.config import FederationConfig
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
-from fedoap.protocol.history import Record
 from fedoap.tensors import BlobManifest
 from fedoap.transfer import WINDOW_CHUNKS
 

@@ -3,14 +3,14 @@
 import random
 from collections.abc import Callable
 
-from federation_builders import FEDERATION_SECRET, roster
-from fedoap import tensors
+from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, roster
 from fedoap.config import FederationConfig
+from fedoap.messages import Data, FromCoordinator
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
-    AggregateFailed,
     Aggregated,
+    AggregateFailed,
     CoordinatorEffect,
     CoordinatorEvent,
     DropPart,
@@ -27,7 +27,6 @@ from fedoap.protocol.events import (
     Update,
     WritePart,
 )
-from fedoap.messages import Data, FromCoordinator
 from fedoap.protocol.history import Record, replay
 from fedoap.tensors import BlobManifest
 from simulated.checks import Checks
@@ -35,7 +34,7 @@ from simulated.network import TICK_SECONDS, Clock, Faults
 from simulated.training import merge
 
 
-class Crashed(Exception):
+class CrashedError(Exception):
     """The process is gone; what it had recorded is not."""
 
 
@@ -45,6 +44,7 @@ class CoordinatorProcess:
     def __init__(
         self,
         config: FederationConfig,
+        *,
         clock: Clock,
         rng: random.Random,
         faults: Faults,
@@ -66,7 +66,12 @@ class CoordinatorProcess:
         self._parts = {}
         history = replay(self.records)
         self.machine = Coordinator(
-            self._config, roster(), history, signing_key=FEDERATION_SECRET, random_bytes=self._rng.randbytes, software="sim"
+            self._config,
+            roster(),
+            history,
+            signing_key=FEDERATION_SECRET,
+            random_bytes=self._rng.randbytes,
+            software="sim",
         )
         self._carry_out(self.machine.start(self._clock.now))
         self._tick(self.life)
@@ -83,19 +88,22 @@ class CoordinatorProcess:
     def _carry_out(self, effects: list[CoordinatorEffect]) -> None:
         try:
             for effect in effects:
-                if self._rng.random() < self._faults.crash_coordinator:
-                    raise Crashed
+                self._crash_if(self._rng.random() < self._faults.crash_coordinator)
                 self._do(effect)
-        except Crashed:
+        except CrashedError:
             self.crash()
         if self.machine is not None:
-            self._checks.credit_is_bounded(self.machine, tensors.CHUNK_BYTES)
+            self._checks.credit_is_bounded(self.machine, CHUNK_BYTES)
 
     def crash(self) -> None:
         self.crashes += 1
         self.machine = None
         self._gone()
-        self._clock.after(self._rng.random() * 20, self.boot)
+        self._clock.after(self._rng.random() * self._faults.outage, self.boot)
+
+    def _crash_if(self, is_due: bool, /) -> None:
+        if is_due:
+            raise CrashedError
 
     def _later(self, event: CoordinatorEvent, seconds: float = 0.0) -> None:
         life = self.life
@@ -125,8 +133,7 @@ class CoordinatorProcess:
             case Aggregate():
                 self._aggregate(effect)
             case RecordOpened() | RecordClosed():
-                if self._full():
-                    raise Crashed  # the daemon ends when its ledger cannot be written
+                self._crash_if(self._full())  # the daemon ends when its ledger cannot be written
                 self._record(effect)
             case Note():
                 pass
@@ -139,7 +146,7 @@ class CoordinatorProcess:
     def _finish(self, effect: FinishPart) -> None:
         raw = self._parts.pop(effect.part, None)
         if raw is None:
-            return  # its failure is on the way
+            return None  # its failure is on the way
         if self._full():
             return self._later(StoreFailed(effect.part, "no_space", "no space left on the disk"))
         assert effect.upload is not None

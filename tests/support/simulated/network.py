@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-
 TICK_SECONDS = 2.0
 
 
@@ -23,12 +22,15 @@ class Faults:
     crash_site: float = 0.0
     disk_full: float = 0.0
     work_fails: float = 0.0
+    outage: float = 20.0
+    """Seconds, at most, until what crashed or was cut is back; above 60 the others go on without it."""
 
     @classmethod
     def of(cls, rng: random.Random) -> "Faults":
         """Each kind of fault is absent in half of all worlds, and of any strength up to its bound in the others."""
         bounds = [0.2, 0.2, 0.5, 0.02, 0.01, 0.01, 0.1]
-        return cls(*[rng.random() * bound if rng.random() < 0.5 else 0.0 for bound in bounds])
+        chances = [rng.random() * bound if rng.random() < 0.5 else 0.0 for bound in bounds]
+        return cls(*chances, outage=rng.choice([5.0, 20.0, 200.0]))
 
 
 @dataclass

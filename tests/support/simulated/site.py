@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from federation_builders import FEDERATION_SECRET, curve, public, secret
+from federation_builders import FEDERATION_SECRET, blob, curve, public, secret
 from fedoap.config import Plan
 from fedoap.messages import Chunk, FromSite
 from fedoap.protocol.events import (
@@ -30,7 +30,6 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
-from federation_builders import blob
 from simulated.network import TICK_SECONDS, Clock, Faults
 from simulated.training import PERSONAL, arrays, train
 
@@ -42,6 +41,7 @@ class SiteProcess:
         self,
         name: str,
         plan: Plan,
+        *,
         clock: Clock,
         rng: random.Random,
         faults: Faults,
@@ -71,7 +71,7 @@ class SiteProcess:
 
     def handle(self, event: SiteEvent) -> None:
         if self.machine is None:
-            return
+            return None
         for effect in self.machine.handle(event, self._clock.now):
             if self._rng.random() < self._faults.crash_site:
                 return self.crash()
@@ -81,7 +81,7 @@ class SiteProcess:
     def crash(self) -> None:
         self.machine = None
         self._gone(self.name)
-        self._clock.after(self._rng.random() * 20, self.boot)
+        self._clock.after(self._rng.random() * self._faults.outage, self.boot)
 
     def _tick(self, life: int) -> None:
         if life == self.life and self.machine is not None:
@@ -139,7 +139,7 @@ class SiteProcess:
 
     def _work(self, task: bytes, manifest: TaskManifest, life: int) -> None:
         if life != self.life or self.machine is None or self._running != task:
-            return
+            return None
         self._running = b""
         if self._rng.random() < self._faults.work_fails:
             return self.handle(WorkFailed(task, "the worker ended"))

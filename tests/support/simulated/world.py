@@ -2,7 +2,6 @@
 
 import random
 
-from federation_builders import SITES
 from fedoap.config import FederationConfig
 from fedoap.errors import MessageError
 from fedoap.messages import FromCoordinator, FromSite, decode_from_coordinator, decode_from_site, encode
@@ -24,15 +23,30 @@ class World:
         self.clock = Clock()
         self.checks = Checks(config)
         self._network = Network(self.clock, self._rng, faults)
-        shared = (self.clock, self._rng, faults)
-        self.coordinator = CoordinatorProcess(config, *shared, self.checks, self._to_site, self._coordinator_gone)
-        self.sites = {
-            name: SiteProcess(name, config.plan, *shared, self._to_coordinator, self._site_gone)
-            for name in config.sites
-        }
+        self.coordinator = CoordinatorProcess(
+            config,
+            clock=self.clock,
+            rng=self._rng,
+            faults=faults,
+            checks=self.checks,
+            send=self._to_site,
+            gone=self._coordinator_gone,
+        )
+        self.sites = {name: self._site(name, config) for name in config.sites}
         self._routes: dict[str, bytes] = {}
         self._owner: dict[bytes, str] = {}
         self.events = 0
+
+    def _site(self, name: str, config: FederationConfig) -> SiteProcess:
+        return SiteProcess(
+            name,
+            config.plan,
+            clock=self.clock,
+            rng=self._rng,
+            faults=self._faults,
+            say=self._to_coordinator,
+            gone=self._site_gone,
+        )
 
     def run(self) -> History:
         """Return the history of a federation that has finished.
@@ -58,7 +72,7 @@ class World:
         return "coordinator is down" if machine is None else str(machine.status())
 
     def _connect_later(self, name: str) -> None:
-        self.clock.after(0.1 + self._rng.random() * 3, lambda: self._connect(name))
+        self.clock.after(0.1 + self._rng.random() * self._faults.outage / 2, lambda: self._connect(name))
 
     def _connect(self, name: str) -> None:
         site = self.sites[name]
@@ -116,6 +130,3 @@ def _event(name: str, route: bytes, header: bytes, body: bytes) -> Received | Ma
         return Received(name, route, decode_from_site(header, len(body)), memoryview(body))
     except MessageError as error:
         return Malformed(name, route, str(error))
-
-
-__all__ = ["SITES", "World"]
