@@ -1,7 +1,6 @@
 """Small real objects that the coordinator's tests are built from."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,13 +96,3 @@ def member() -> Callable[[str], Member]:
         return Member(name, curve_keys(os.urandom(32)).public, signing_keys(os.urandom(32)).public)
 
     return build
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Return whether the condition comes true in time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()

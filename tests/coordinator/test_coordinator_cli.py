@@ -1,0 +1,171 @@
+"""The command line: one line for what an operator can set right, and nothing that needs torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import fedoap
+from fedoap.config import FederationConfig, ModelRecord, load_federation
+from fedoap.errors import FedoapError
+from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
+from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, read_blob, write_blob
+from fedoap_coordinator.blobs import Blobs
+from fedoap_coordinator.cli import cli
+from fedoap_coordinator.folder import open_ledger, prepare
+from fedoap_coordinator.store import Made, Store
+
+FED_TOML = """
+federation = "demo"
+sites = ["hospital_a", "hospital_b"]
+"""
+
+
+@pytest.fixture
+def fed_toml(tmp_path: Path) -> Path:
+    path = tmp_path / "fed.toml"
+    path.write_text(FED_TOML)
+    return path
+
+
+def run(fed_toml: Path, *words: str) -> Result:
+    return CliRunner().invoke(cli, [*words, "--config", str(fed_toml)])
+
+
+def with_one_round(config: FederationConfig) -> None:
+    """Leave a finished `init` exchange of hospital_a in the configured state folder."""
+    state = config.coordinator.state
+    prepare(state)
+    manifest = TaskManifest("demo", config.plan.digest, "init", 0, 1, ("hospital_a",), 600)
+    source = state / "made"
+    blob = write_blob(source, {"weight": np.full(10, 7.0, np.float32)})
+    upload = UploadManifest(b"t" * 32, "hospital_a", 12, (("loss", 0.25),), blob)
+    with open_ledger(config) as ledger:
+        store = Store(ledger, Blobs(state), lambda: 1.0)
+        store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), b"s" * 64))
+        store.apply(OpenPart(b"u" * 32, blob.size))
+        store.apply(WritePart(b"u" * 32, 0, source.read_bytes()))
+        store.apply(FinishPart(b"u" * 32, blob, upload, "hospital_a", b"s" * 64))
+        store.publish(Made(blob, source))
+        store.apply(RecordClosed(b"t" * 32, "done", (b"u" * 32,), blob))
+
+
+def test_an_invitation_is_printed_alone_on_standard_output(fed_toml: Path) -> None:
+    result = run(fed_toml, "invite", "hospital_a")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(result.stdout.split()) == 1
+
+
+def test_the_configuration_may_be_named_before_or_after_the_command(fed_toml: Path) -> None:
+    before = CliRunner().invoke(cli, ["--config", str(fed_toml), "sites"])
+
+    assert before.exit_code == 0
+    assert before.output == run(fed_toml, "sites").output
+    assert "hospital_b: not enrolled" in before.output
+
+
+def test_sites_shows_open_invitations(fed_toml: Path) -> None:
+    run(fed_toml, "invite", "hospital_a", "--valid-hours", "5")
+
+    assert "hospital_a: not enrolled, invitation open for 5.0 hours" in run(fed_toml, "sites").output
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["invite", "hospitl_a"], "did you mean hospital_a?"),
+        (["revoke", "hospital_b"], "there is nothing to revoke"),
+        (["revoke", "nobody"], "site is nobody, but the configuration lists"),
+        (["export", "out"], "no round is done, so there is no model to export"),
+    ],
+)
+def test_what_an_operator_can_set_right_is_an_error_of_ours(fed_toml: Path, words: list[str], reason: str) -> None:
+    result = run(fed_toml, *words)
+
+    assert isinstance(result.exception, FedoapError)
+    assert reason in str(result.exception)
+
+
+def test_such_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedoap_coordinator", "--config", str(tmp_path / "none.toml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"fedoap-coordinator: {tmp_path}/none.toml: no such file\n"
+
+
+def test_a_command_without_a_configuration_says_how_to_name_one() -> None:
+    result = CliRunner().invoke(cli, [])
+
+    assert result.exit_code == 2
+    assert "--config fed.toml" in result.output
+
+
+def test_help_has_an_example_and_version_is_the_distributions() -> None:
+    shown = CliRunner().invoke(cli, ["--help"]).output
+
+    assert "fedoap-coordinator invite hospital_a --config fed.toml" in shown
+    assert fedoap.__version__ in CliRunner().invoke(cli, ["--version"]).output
+
+
+def test_results_are_json_with_every_exchange(fed_toml: Path) -> None:
+    with_one_round(load_federation(fed_toml))
+
+    results = json.loads(run(fed_toml, "results", "--json").output)
+
+    assert results == {
+        "federation": "demo",
+        "finished": False,
+        "exchanges": [
+            {
+                "kind": "init",
+                "round": 0,
+                "attempt": 1,
+                "outcome": "done",
+                "seconds": 0.0,
+                "sites": {"hospital_a": {"cases": 12, "bytes": 40, "metrics": {"loss": 0.25}}},
+            }
+        ],
+    }
+    assert "hospital_a  cases 12  bytes 40  loss 0.25" in run(fed_toml, "results").output
+
+
+def test_export_writes_a_model_folder_that_stands_alone(fed_toml: Path, tmp_path: Path) -> None:
+    config = load_federation(fed_toml)
+    with_one_round(config)
+
+    assert run(fed_toml, "export", str(tmp_path / "out" / "model")).exit_code == 0
+
+    record = ModelRecord.model_validate_json((tmp_path / "out" / "model" / "model.json").read_bytes())
+    manifest = BlobManifest.unpack(record.shared.manifest.read_bytes())
+    assert (record.plan, record.round, record.bank, record.personal) == (config.plan, 0, None, None)
+    assert read_blob(record.shared.blob, manifest)["weight"][0] == 7.0
+    assert record.shared.blob.parent == tmp_path / "out" / "model"
+
+
+def test_a_state_folder_of_another_federation_is_refused(fed_toml: Path) -> None:
+    run(fed_toml, "sites")
+    fed_toml.write_text(FED_TOML.replace("demo", "other"))
+
+    assert "belongs to federation demo, not to other" in str(run(fed_toml, "sites").exception)
+
+
+def test_the_coordinator_starts_without_torch_and_in_half_a_second() -> None:
+    code = (
+        "import sys, time; sys.modules |= dict.fromkeys(('torch', 'monai', 'triton'))\n"
+        "begun = time.perf_counter()\n"
+        "import fedoap_coordinator.cli, fedoap_coordinator.service, fedoap_coordinator.aggregator\n"
+        "print(time.perf_counter() - begun)\n"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    print(f"import of the whole coordinator: {min(seconds):.3f} s")  # noqa: T201
+
+    assert min(seconds) < 0.5

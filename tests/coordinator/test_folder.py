@@ -1,0 +1,83 @@
+"""The state folder: its keys are made once, and one coordinator owns it."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedoap.config import FederationConfig
+from fedoap.errors import ConfigError, IdentityError, StorageError
+from fedoap.tensors import TaskManifest
+from fedoap_coordinator.folder import invited_endpoint, prepare, running, sole_owner, write_endpoint
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.service import check_plan
+
+
+def test_keys_are_made_once_and_are_their_owners_alone(tmp_path: Path) -> None:
+    state = tmp_path / "deep" / "state"
+    first = prepare(state)
+
+    assert prepare(state) == first
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(key.stat().st_mode) for key in (state / "keys").glob("*.key")} == {0o600}
+
+
+def test_two_processes_that_prepare_a_folder_at_once_agree_on_its_keys(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from fedoap_coordinator.folder import prepare; "
+        "print(prepare(pathlib.Path(sys.argv[1])).signing.public.hex())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "state")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+
+    assert len({process.communicate(timeout=30)[0] for process in processes}) == 1
+
+
+def test_a_key_that_others_may_read_stops_the_start(state: Path) -> None:
+    prepare(state)
+    (state / "keys" / "federation.key").chmod(0o644)
+
+    with pytest.raises(IdentityError, match="chmod 600"):
+        prepare(state)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(StorageError, match="state folder cannot be made: Not a directory"):
+        prepare(tmp_path / "file" / "state")
+
+
+def test_a_second_coordinator_is_refused_and_told_the_firsts_process(state: Path) -> None:
+    with sole_owner(state):
+        message = f"another coordinator, process {os.getpid()}, runs on this state folder"
+        with pytest.raises(StorageError, match=message), sole_owner(state):
+            pass
+
+        assert running(state) == os.getpid()
+    assert running(state) is None
+    with sole_owner(state):
+        pass
+
+
+def test_an_invitation_names_what_is_advertised_with_the_real_port(config: FederationConfig, state: Path) -> None:
+    write_endpoint(state, "tcp://0.0.0.0:4321")
+    fixed = config.coordinator.model_copy(update={"bind": "tcp://0.0.0.0:7470"})
+
+    assert invited_endpoint(config.coordinator) == "tcp://fed.example.org:4321"
+    assert invited_endpoint(fixed) == "tcp://fed.example.org:7470"
+
+
+def test_a_plan_may_change_until_the_first_exchange_and_not_after(config: FederationConfig, ledger: Ledger) -> None:
+    other = config.model_copy(update={"rounds": config.rounds.model_copy(update={"count": 7})})
+    check_plan(ledger, config)
+    check_plan(ledger, other)
+    manifest = TaskManifest("demo", other.plan.digest, "init", 0, 1, ("hospital_a",), 600)
+    ledger.open_task(b"t" * 32, manifest.pack(), b"s" * 64, 1.0)
+
+    check_plan(ledger, other)
+    with pytest.raises(ConfigError, match=r"rounds\.count is 20, but the run in .* was begun with 7: set it back"):
+        check_plan(ledger, config)
