@@ -44,7 +44,7 @@ def brain(space: Space, random: Random) -> Anatomy:
     image = paint(image, brain_level, 0.52 + 0.03 * space.noise(random, 0.03), 0.03)
     sulci = np.exp(-((folds / 0.22) ** 2)) * cover((1.45 - head), 0.06) * cover(brain_level, 0.03)
     image = image - 0.26 * sulci
-    white = head / 0.6 * (1 + 0.16 * space.noise(random, 0.1))
+    white = np.maximum(head / 0.6 * (1 + 0.16 * space.noise(random, 0.1)), head / 0.8)
     image = paint(image, white, 0.42 + 0.02 * space.noise(random, 0.04), 0.06)
     midline = np.abs(space.positions[1] - np.tan(-tilt) * space.positions[0]) / 0.015
     image = image - 0.2 * cover(midline, 0.3) * cover(1.55 - head, 0.1) * cover(brain_level, 0.03)
@@ -62,30 +62,8 @@ def brain(space: Space, random: Random) -> Anatomy:
 
 
 def liver(space: Space, random: Random) -> Anatomy:
-    """Return an upper abdomen after contrast: fat, muscle, bones, organs, the liver with vessels and cysts."""
-    body = space.ellipsoid((0.0, 0.0), (random.uniform(0.68, 0.76), random.uniform(0.88, 0.96)), along=(0.0, 2.5))
-    body = body * (1 + 0.012 * space.noise(random, 0.3))
-    image = paint(np.zeros(space.shape), body, 0.2 + 0.015 * space.noise(random, 0.05), 0.015)
-    image = paint(image, body / 0.91, 0.48, 0.015)
-    image = paint(image, body / 0.82, 0.22 + 0.03 * space.noise(random, 0.08), 0.02)
-    image = _ribs(space, random, image, 0.865, body)
-    organs = (
-        ((random.uniform(-0.05, 0.1), 0.6), (0.26, 0.16), 0.58),  # spleen
-        ((-0.25, random.uniform(0.28, 0.4)), (0.2, 0.26), 0.38),  # stomach
-        ((0.32, -0.38), (0.14, 0.11), 0.66),
-        ((0.32, 0.4), (0.14, 0.11), 0.66),  # kidneys
-        ((0.24, 0.07), (0.07, 0.07), 0.82),  # aorta
-        ((0.2, -0.1), (0.06, 0.08), 0.62),  # vena cava
-    )
-    for centre, radii, grey in organs:
-        shape = space.ellipsoid(centre, radii, turn=random.uniform(-0.3, 0.3), along=(random.uniform(-0.2, 0.2), 0.7))
-        image = paint(
-            image, shape * (1 + 0.05 * space.noise(random, 0.12)), grey + 0.015 * space.noise(random, 0.03), 0.06
-        )
-    air = space.ellipsoid((-0.35, 0.34), (0.06, 0.12), along=(0.0, 0.3))
-    image = paint(image, air, 0.0, 0.1)
-    spine = space.ellipsoid((0.46, 0.0), (0.13, 0.15), along=(0.0, 3.0))
-    image = paint(image, spine, 0.92 - 0.2 * cover(spine / 0.75, 0.08) + 0.05 * space.noise(random, 0.03), 0.06)
+    """Return an upper abdomen after contrast, with vessels, cysts and a gall-bladder in and at the liver."""
+    image, body = _abdomen(space, random)
     lobe = space.ellipsoid((-0.02, -0.42), (0.5, 0.4), turn=random.uniform(-0.2, 0.2), along=(0.0, 0.85))
     left = space.ellipsoid((-0.28, -0.05), (0.22, 0.34), turn=0.3, along=(0.0, 0.7))
     whole = np.maximum(np.minimum(lobe, left) * (1 + 0.04 * space.noise(random, 0.15)), body / 0.81)
@@ -163,6 +141,34 @@ def lung(space: Space, random: Random) -> Anatomy:
     inner = lungs < 0.93
     image = paint(image, spots(space, random, inner, int(random.integers(3, 7)), (0.025, 0.045)), 0.62, 0.2)
     return Anatomy(image, lungs / 0.98, 0.13)
+
+
+def _abdomen(space: Space, random: Random) -> tuple[Floats, Floats]:
+    """Return fat, muscle, bones and every organ but the liver, and the level of the body."""
+    body = space.ellipsoid((0.0, 0.0), (random.uniform(0.68, 0.76), random.uniform(0.88, 0.96)), along=(0.0, 2.5))
+    body = body * (1 + 0.012 * space.noise(random, 0.3))
+    image = paint(np.zeros(space.shape), body, 0.2 + 0.015 * space.noise(random, 0.05), 0.015)
+    image = paint(image, body / 0.91, 0.48, 0.015)
+    image = paint(image, body / 0.82, 0.22 + 0.03 * space.noise(random, 0.08), 0.02)
+    image = _ribs(space, random, image, 0.865, body)
+    organs = (
+        ((random.uniform(-0.05, 0.1), 0.6), (0.26, 0.16), 0.58),  # spleen
+        ((-0.25, random.uniform(0.28, 0.4)), (0.2, 0.26), 0.38),  # stomach
+        ((0.32, -0.38), (0.14, 0.11), 0.66),
+        ((0.32, 0.4), (0.14, 0.11), 0.66),  # kidneys
+        ((0.24, 0.07), (0.07, 0.07), 0.82),  # aorta
+        ((0.2, -0.1), (0.06, 0.08), 0.62),  # vena cava
+    )
+    for centre, radii, grey in organs:
+        shape = space.ellipsoid(centre, radii, turn=random.uniform(-0.3, 0.3), along=(random.uniform(-0.2, 0.2), 0.7))
+        image = paint(
+            image, shape * (1 + 0.05 * space.noise(random, 0.12)), grey + 0.015 * space.noise(random, 0.03), 0.06
+        )
+    air = space.ellipsoid((-0.35, 0.34), (0.06, 0.12), along=(0.0, 0.3))
+    image = paint(image, air, 0.0, 0.1)
+    spine = space.ellipsoid((0.46, 0.0), (0.13, 0.15), along=(0.0, 3.0))
+    image = paint(image, spine, 0.92 - 0.2 * cover(spine / 0.75, 0.08) + 0.05 * space.noise(random, 0.03), 0.06)
+    return image, body
 
 
 def _ribs(space: Space, random: Random, image: Floats, ring: float, body: Floats) -> Floats:
