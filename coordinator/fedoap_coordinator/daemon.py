@@ -38,6 +38,8 @@ from fedoap_coordinator.store import Store
 from fedoap_coordinator.zap import Doors, Invitee, Site, Zap
 
 TICK_SECONDS = 0.25
+STATUS_SECONDS = 2.0
+"""How old `status` may be: a file system may flush what replaces a file, and the loop would wait for it."""
 BUSY_MILLISECONDS = 5
 """Pause while a download waits for room or a result is being merged."""
 FAREWELL_SECONDS = 10.0
@@ -64,6 +66,7 @@ class Daemon:
     _moved: Counter[str] = field(default_factory=Counter)
     _version: int = -1
     _next_tick: float = 0.0
+    _next_status: float = 0.0
     _over_since: float | None = None
 
     def serve(self, *, exit_when_finished: bool) -> None:
@@ -127,6 +130,9 @@ class Daemon:
         self._handle(Tick())
         status = self.machine.status()
         self.console.show(View(status, self._moved, now))
+        if now < self._next_status:
+            return
+        self._next_status = now + STATUS_SECONDS
         draft = self.state / f".{STATUS}"
         draft.write_text(json.dumps({"time": time.time(), "status": asdict(status)}))
         draft.replace(self.state / STATUS)

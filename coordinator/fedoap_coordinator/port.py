@@ -57,7 +57,8 @@ class Port:
     ) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self._read = read
-        self._downloads: deque[_Download] = deque()
+        self._downloads: dict[bytes, deque[_Download]] = {}
+        """By return address: each peer's ranges in the order asked for, as a chunk out of turn counts as lost."""
         self._inflight: dict[bytes, list[zmq.MessageTracker]] = {}
         _configure(self.socket, keys)
 
@@ -97,33 +98,34 @@ class Port:
 
     def send_blob(self, effect: SendBlob) -> None:
         """Send bytes of a blob as soon as there is room; what is under way is not begun twice."""
-        mine = [one for one in self._downloads if one.route == effect.route]
+        mine = self._downloads.get(effect.route, deque())
         if len(mine) < REQUESTS_PER_ROUTE and all(one.upto != effect.upto or one.blob != effect.blob for one in mine):
-            self._downloads.append(_Download(effect.route, effect.blob, effect.at, effect.upto))
+            mine.append(_Download(effect.route, effect.blob, effect.at, effect.upto))
+            self._downloads[effect.route] = mine
 
     def pump(self) -> Literal["idle", "blocked", "more"]:
-        """Send what there is room for of the blobs under way, a chunk each in turn, at most a batch."""
-        blocked = 0
+        """Send what there is room for of the blobs under way, a chunk to each peer in turn, at most a batch."""
+        self._forget_sent()
         for _ in range(BATCH):
-            if blocked == len(self._downloads):
-                break
-            download = self._downloads.popleft()
-            sent = self._has_room(download.route) and self._send_chunk(download)
-            blocked = 0 if sent else blocked + 1
-            if download.at < download.upto:
-                self._downloads.append(download)
-        if not self._downloads:
-            return "idle"
-        return "blocked" if blocked == len(self._downloads) else "more"
+            moved = [self._has_room(route) and self._send_chunk(mine[0]) for route, mine in self._downloads.items()]
+            for mine in self._downloads.values():
+                if mine[0].at >= mine[0].upto:
+                    mine.popleft()
+            self._downloads = {route: mine for route, mine in self._downloads.items() if mine}
+            if not any(moved):
+                return "blocked" if self._downloads else "idle"
+        return "more"
 
     def close(self, linger_milliseconds: int = 0) -> None:
         """Close the socket; small messages may leave for so long."""
         self.socket.close(linger_milliseconds)
 
-    def _has_room(self, route: bytes) -> bool:
+    def _forget_sent(self) -> None:
         self._inflight = {
-            key: left for key, all_ in self._inflight.items() if (left := [t for t in all_ if not t.done])
+            route: left for route, all_ in self._inflight.items() if (left := [one for one in all_ if not one.done])
         }
+
+    def _has_room(self, route: bytes) -> bool:
         mine, in_all = len(self._inflight.get(route, ())), sum(map(len, self._inflight.values()))
         return mine < CHUNKS_PER_ROUTE and in_all < CHUNKS_IN_ALL
 

@@ -168,6 +168,15 @@ def test_a_blob_arrives_whole_and_in_order(link: Link) -> None:
     assert link.port.pump() == "idle"
 
 
+def test_ranges_asked_for_one_after_the_other_arrive_in_that_order(link: Link) -> None:
+    """Planted bug: a chunk of each range in turn, which the site takes for loss and asks for again."""
+    route = link.route()
+    for start in range(0, 12, 4):
+        link.port.send_blob(SendBlob(route, BLOB, start * CHUNK_BYTES, (start + 4) * CHUNK_BYTES))
+
+    assert link.collect(12 * CHUNK_BYTES) == link.source.blob[: 12 * CHUNK_BYTES]
+
+
 def test_a_site_that_does_not_read_is_sent_no_more_than_its_share(link: Link) -> None:
     """Planted bug: without the limit for each route, libzmq's queue takes all 65 chunks."""
     route = link.route()
