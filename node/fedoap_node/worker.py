@@ -29,7 +29,7 @@ from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job,
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-    from fedoap.segmentation.descent import Progress, Workplace
+    from fedoap.segmentation.descent import Progress, Report, Workplace
     from fedoap.segmentation.network import Bank
     from fedoap.segmentation.optimizer import SiteOptimizer
     from fedoap.segmentation.sitemodel import SiteModel
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         with _line_stream() as lines:
-            _work(_read(Path(given[0])), Reporter(lines))
+            carry_out(_read(Path(given[0])), Reporter(lines))
     except FedoapError as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 2
@@ -97,7 +97,12 @@ class Reporter:
         self._lines.flush()
 
 
-def _work(job: Job, report: Reporter) -> None:
+def carry_out(job: Job, report: "Report") -> None:
+    """Leave the job's result in its output folder, `result.json` last.
+
+    Raises:
+        FedoapError: what is wrong with job, data or disk.
+    """
     import torch
 
     from fedoap.segmentation.descent import Workplace
@@ -110,7 +115,7 @@ def _work(job: Job, report: Reporter) -> None:
         place = Workplace.open(
             job.site, job.plan, job.data, cache=job.cache, device=_device(job), report=report
         ).shared_out(rank, ranks)
-        outcome = _carry_out(job, place)
+        outcome = _outcome(job, place)
     except torch.OutOfMemoryError:
         text = "lower training.batch_size, data.size or network.width"
         raise TrainingError(f"site {job.site}: {job.kind} needs more GPU memory than there is; {text}") from None
@@ -119,7 +124,7 @@ def _work(job: Job, report: Reporter) -> None:
         _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
 
 
-def _carry_out(job: Job, place: "Workplace") -> Outcome | None:
+def _outcome(job: Job, place: "Workplace") -> Outcome | None:
     """Return what the job leaves behind, or nothing where another process leaves it."""
     if job.kind in ("init", "seed", "bank"):
         return _prepare(job, place) if place.leads else None
