@@ -26,6 +26,7 @@ class _Running:
     manifest: TaskManifest
     output: Path
     trainer: Trainer
+    started: float
     kill_at: float = 0.0
     wanted: bool = True
 
@@ -137,9 +138,10 @@ class Work:
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
         trainer = Trainer(worker_command(self._config.worker, path), self._state.folder.worker_log)
-        return _Running(task, manifest, output, trainer)
+        return _Running(task, manifest, output, trainer, time.monotonic())
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
+        seconds = round(time.monotonic() - running.started, 3)
         running.trainer.kill()  # the worker is gone; what it started may not be
         task, manifest = running.task, running.manifest
         if code != 0:
@@ -151,7 +153,8 @@ class Work:
         except (TrainingError, OSError) as error:
             remove(running.output)
             return self._failed(task, manifest, str(error), "the worker's result cannot be used")
-        self._journal.note("work_done", f"{_name(manifest)} is done", kind=manifest.kind, round=manifest.round)
+        said = f"{_name(manifest)} is done after {seconds:.1f} s"
+        self._journal.note("work_done", said, kind=manifest.kind, round=manifest.round, seconds=seconds)
         return self._done(task, result)
 
     def _done(self, task: bytes, result: Result) -> WorkDone:

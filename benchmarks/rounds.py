@@ -1,0 +1,265 @@
+"""What a round costs when nothing is trained: the real daemons, a stand-in worker, the average checked.
+
+    python benchmarks/rounds.py --mb 200 --sites 3 --rounds 3
+
+Prints, over the training rounds: seconds from the announcement of a round to that of the next, the same without
+the slowest site's worker, the peak resident memory of the coordinator (all its processes together) and of the
+largest node daemon (without its worker), and the bytes that travelled. Everything is on loopback, in a
+temporary folder, and is ended by its process number.
+"""
+
+import argparse
+import csv
+import datetime as dt
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from benchmarks.rounds_worker import first_weights, site_change
+from fedoap.config import ModelRecord
+from fedoap.tensors import BlobManifest, as_float32
+
+HERE = Path(__file__).parent
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One run's results."""
+
+    mb: float
+    sites: int
+    rounds: int
+    dtype: str
+    round_seconds: float
+    """Median."""
+    round_seconds_best: float
+    round_seconds_worst: float
+    outside_seconds: float
+    """Median of the time outside the slowest site's worker."""
+    outside_seconds_worst: float
+    cpu_seconds: float
+    """Median of the processor time of all daemons in a round, workers left out: what a busy machine cannot hide."""
+    coordinator_peak_mb: float
+    node_peak_mb: float
+    mb_a_round: float
+    time: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
+    machine: str = f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+@dataclass
+class Watch:
+    """Samples resident memory ten times a second while the daemons run."""
+
+    coordinator: psutil.Process
+    nodes: list[psutil.Process]
+    coordinator_peak: int = 0
+    node_peak: int = 0
+    cpu: list[tuple[float, float]] = field(default_factory=list)
+    """Unix time, and processor seconds used up to then."""
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Sample until `over` is set."""
+        while not self.over.wait(0.1):
+            together = [self.coordinator, *_children(self.coordinator)]
+            self.coordinator_peak = max(self.coordinator_peak, sum(map(_resident, together)))
+            self.node_peak = max([self.node_peak, *map(_resident, self.nodes)])
+            used = _cpu(self.coordinator, children=True) + sum(_cpu(node, children=False) for node in self.nodes)
+            self.cpu.append((time.time(), used))
+
+    def cpu_until(self, moment: float) -> float:
+        """Return the processor seconds used up to a moment, as of the last sample before it."""
+        return max((used for when, used in self.cpu if when <= moment), default=0.0)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="fedoap-rounds-", dir=options.folder) as folder:
+        figures = measure(Path(folder), options.mb, options.sites, options.rounds, options.dtype)
+    for name, value in asdict(figures).items():
+        print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")
+    if options.csv:
+        _append(options.csv, figures)
+
+
+def measure(root: Path, mb: float, sites: int, rounds: int, dtype: str) -> Figures:
+    """Run one federation in the folder and return its figures; the final average is checked first."""
+    names = [f"site{k}" for k in range(sites)]
+    floats = int(mb * 1e6) // 4
+    os.environ |= {"ROUNDS_FLOATS": str(floats), "OMP_NUM_THREADS": "1"}
+    config = _write_config(root, names, rounds, dtype)
+    with ExitStack() as stack:
+        coordinator = _start(
+            stack, root, "coordinator", "fedoap_coordinator", "--config", str(config), "--exit-when-finished"
+        )
+        for name in names:
+            _join(root, config, name)
+        nodes = [
+            _start(
+                stack, root, name, "fedoap_node", "--site", name, "--home", str(root / "home"), "--exit-when-finished"
+            )
+            for name in names
+        ]
+        watch = Watch(psutil.Process(coordinator.pid), [psutil.Process(node.pid) for node in nodes])
+        sampler = threading.Thread(target=watch.run)
+        sampler.start()
+        stack.callback(watch.over.set)
+        for process in (coordinator, *nodes):
+            if process.wait(1800) != 0:
+                raise SystemExit(f"a daemon failed; its output lies in {root}")
+    sampler.join()
+    _check_average(root, config, floats, names, rounds, dtype)
+    return _figures(root, names, rounds, mb, dtype, watch)
+
+
+def _figures(root: Path, names: list[str], rounds: int, mb: float, dtype: str, watch: Watch) -> Figures:
+    opened = {(row["kind"], row["round"]): _seconds(row) for row in _rows(root / "state/log.jsonl", "task_opened")}
+    whole, outside, cpu = [], [], []
+    for number in range(1, rounds + 1):
+        begin = opened["train", number]
+        end = opened[("train", number + 1) if number < rounds else ("calibrate", rounds + 1)]
+        whole.append(end - begin)
+        cpu.append(watch.cpu_until(end) - watch.cpu_until(begin))
+        outside.append(end - begin - max(_worker_seconds(root, name, number) for name in names))
+    sent = mb * (1 if dtype == "float32" else 0.5) * 2 * len(names)
+    return Figures(
+        mb, len(names), rounds, dtype, statistics.median(whole), min(whole), max(whole), statistics.median(outside),
+        max(outside), statistics.median(cpu), watch.coordinator_peak / 1e6, watch.node_peak / 1e6, sent,
+    )  # fmt: skip
+
+
+def _worker_seconds(root: Path, name: str, number: int) -> float:
+    rows = _rows(root / "home" / name / "log.jsonl", "work_done")
+    return next(float(row["seconds"]) for row in rows if (row["kind"], row["round"]) == ("train", number))
+
+
+def _check_average(root: Path, config: Path, floats: int, names: list[str], rounds: int, dtype: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "fedoap_coordinator", "export", str(root / "model"), "--config", str(config)], check=True
+    )
+    record = ModelRecord.model_validate_json((root / "model/model.json").read_bytes())
+    manifest = BlobManifest.unpack(record.shared.manifest.read_bytes())
+    change = rounds * statistics.mean(map(site_change, names))
+    first = first_weights(floats)
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    with record.shared.blob.open("rb") as blob:
+        for spec in manifest.tensors:
+            values = as_float32(blob.read(spec.size), spec.dtype)
+            error = float(np.abs(values - (first[spec.name] + np.float32(change))).max())
+            if error > tolerance:
+                raise SystemExit(f"{spec.name}: the average is off by {error}")
+
+
+def _join(root: Path, config: Path, name: str) -> None:
+    invite = [sys.executable, "-m", "fedoap_coordinator", "invite", name, "--config", str(config)]
+    token = subprocess.run(invite, check=True, capture_output=True, text=True).stdout.strip()
+    data = ["--home", str(root / "home"), "--data", str(root / "datalist.json")]
+    subprocess.run([sys.executable, "-m", "fedoap_node", "join", token, *data], check=True, capture_output=True)
+    worker = json.dumps([sys.executable, str(HERE / "rounds_worker.py")])
+    with (root / "home" / name / "site.toml").open("a") as text:
+        text.write(f"command = {worker}\n")
+
+
+def _write_config(root: Path, names: list[str], rounds: int, dtype: str) -> Path:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    (root / "datalist.json").write_text("{}")
+    path = root / "fed.toml"
+    path.write_text(
+        f'federation = "rounds"\nsites = {json.dumps(names)}\n'
+        f'[coordinator]\nbind = "{endpoint}"\nadvertise = "{endpoint}"\n'
+        f'[rounds]\ncount = {rounds}\n[network]\nattention = "off"\n[wire]\ndtype = "{dtype}"\n'
+    )
+    return path
+
+
+def _start(stack: ExitStack, root: Path, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    out = stack.enter_context((root / f"{name}.out").open("wb"))
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out, stderr=out)
+    stack.callback(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _rows(path: Path, event: str) -> list[Row]:
+    rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def _seconds(row: Row) -> float:
+    return dt.datetime.fromisoformat(str(row["time"])).timestamp()
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _cpu(process: psutil.Process, *, children: bool) -> float:
+    try:
+        spent = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    own = spent.user + spent.system
+    return float(own + spent.children_user + spent.children_system if children else own)
+
+
+def _append(path: Path, figures: Figures) -> None:
+    row = asdict(figures)
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if fresh:
+            writer.writeheader()
+        writer.writerow({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=float, default=200, help="size of the shared model in 10^6 bytes of float32")
+    parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of tensors on the wire")
+    parser.add_argument("--csv", type=Path, help="append the figures to this file")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made: the disk that is measured")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    started = time.monotonic()
+    main()
+    print(f"{'whole run':24} {time.monotonic() - started:.1f} s")
