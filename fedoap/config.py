@@ -262,6 +262,8 @@ class SiteData(Frozen):
     """Chooses the defaults of intensity scaling and augmentation."""
     spacing_mm: tuple[Positive, ...] | None = None
     """Resample to this voxel spacing; images are only resized where not given."""
+    crop: bool = False
+    """Cut off the dark margin around what the image shows, before it is fitted into `data.size`."""
     window: tuple[float, float] | None = None
     """Intensities mapped to [0, 1], such as (-100, 250) Hounsfield units; per modality where not given."""
     channels: tuple[int, ...] | None = None

@@ -1,19 +1,23 @@
 """Where a voxel of the network's grid lies in the file: orientation, resampling, padding, and back.
 
 An image's array goes through three grids: the file's, the same one in standard order (rows first in
-2-D, right-anterior-superior in 3-D), and the network's, which holds the resampled content centred
+2-D, right-anterior-superior in 3-D), and the network's, which holds a box of it, resampled and centred
 between padding. Each step is invertible, so a mask predicted on the last returns to the first.
 S stands for the spatial axes.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""First voxel, and the one after the last, along each axis."""
+MARGIN = 0.05
+"""Share of an image's range of values, from its darkest, that a margin keeps within."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +65,37 @@ class Geometry:
     grid: Grid
     size: tuple[int, ...]
     """Of the network's grid."""
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    """The box of the image, in standard order, that the network sees."""
     content: tuple[int, ...]
     """Voxels of the network's grid that show the image; the others are padding."""
 
     @classmethod
-    def fitted(cls, grid: Grid, size: tuple[int, ...], spacing_mm: tuple[float, ...] | None) -> Self:
-        """Return the geometry that shows the whole image, its aspect ratio kept.
+    def fitted(cls, grid: Grid, size: tuple[int, ...], spacing_mm: tuple[float, ...] | None, box: Box) -> Self:
+        """Return the geometry that shows the whole box, its aspect ratio kept.
 
         With `spacing_mm`, in a file that knows its own, voxels get that spacing, or a coarser one
         where the image would not fit; otherwise the image is as large as fits.
         """
         own = grid.spacing_mm or (1.0,) * len(size)
         wanted = spacing_mm if spacing_mm and grid.spacing_mm else (1.0,) * len(size)
-        extent = [n * have / want for n, have, want in zip(grid.standard_shape, own, wanted, strict=True)]
+        extent = [n * have / want for n, have, want in zip(_lengths(box), own, wanted, strict=True)]
         scale = min(n / length for n, length in zip(size, extent, strict=True))
         if spacing_mm and grid.spacing_mm:
             scale = min(1.0, scale)
         content = (min(n, max(1, round(length * scale))) for n, length in zip(size, extent, strict=True))
-        return cls(grid, size, tuple(content))
+        return cls(grid, size, *box, tuple(content))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The box's, in voxels of the file."""
+        return _lengths((self.start, self.stop))
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """The box as an index."""
+        return tuple(slice(*ends) for ends in zip(self.start, self.stop, strict=True))
 
     @property
     def inside(self) -> tuple[slice, ...]:
@@ -91,8 +108,12 @@ class Geometry:
         """A voxel's size in the network's grid, where the file's is known."""
         if self.grid.spacing_mm is None:
             return None
-        rows = zip(self.grid.spacing_mm, self.grid.standard_shape, self.content, strict=True)
+        rows = zip(self.grid.spacing_mm, self.lengths, self.content, strict=True)
         return tuple(have * n / m for have, n, m in rows)
+
+    def cut(self, values: Floats) -> Floats:
+        """Return the box of values (C, *S) in standard order."""
+        return values[(slice(None), *self.box)]
 
     def pad(self, content: Floats, fill: float) -> Floats:
         """Return the network's grid (C, *S) with resampled content in its middle."""
@@ -101,10 +122,29 @@ class Geometry:
         return padded
 
     def restore(self, values: Floats) -> Floats:
-        """Return values (*S) of the network's grid, such as probabilities, on the file's."""
-        content = values[self.inside][None]
-        standard = resample(content, self.grid.standard_shape)[0]
+        """Return values (*S) of the network's grid, such as probabilities, on the file's; 0 outside the box."""
+        standard = np.zeros(self.grid.standard_shape, dtype=np.float32)
+        standard[self.box] = resample(values[self.inside][None], self.lengths)[0]
         return self.grid.to_file(standard).astype(np.float32)
+
+
+def whole(values: Floats) -> Box:
+    """Return the box of all of an image (C, *S)."""
+    return (0,) * (values.ndim - 1), values.shape[1:]
+
+
+def shown(values: Floats) -> Box:
+    """Return the smallest box that holds what an image (C, *S) shows in any channel: all but dark margins."""
+    low, high = values.min(), np.percentile(values, 99.5)
+    bright = (values > low + MARGIN * (high - low)).any(axis=0)
+    if not bright.any():
+        return whole(values)
+    start, stop = [], []
+    for axis in range(bright.ndim):
+        along = np.flatnonzero(bright.any(axis=tuple(other for other in range(bright.ndim) if other != axis)))
+        start.append(int(along[0]))
+        stop.append(int(along[-1]) + 1)
+    return tuple(start), tuple(stop)
 
 
 def resample(values: Floats, shape: tuple[int, ...]) -> Floats:
@@ -120,6 +160,10 @@ def resample_mask(mask: Floats, shape: tuple[int, ...]) -> Floats:
     """Return a mask (1, *S) resampled to a shape; a lesion, however small, keeps at least a voxel."""
     share = resample(mask, shape)
     return (share >= min(0.5, max(float(share.max()), 1e-6))).astype(np.float32)
+
+
+def _lengths(box: Box) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in zip(*box, strict=True))
 
 
 @lru_cache(maxsize=64)

@@ -22,11 +22,11 @@ from torch import Tensor
 from fedoap.config import Plan, SiteData
 from fedoap.errors import DataError, StorageError
 from fedoap.segmentation.datalist import Case
-from fedoap.segmentation.geometry import Floats, Geometry, Grid, resample, resample_mask
+from fedoap.segmentation.geometry import Floats, Geometry, Grid, resample, resample_mask, shown, whole
 from fedoap.segmentation.intensity import scaled
 from fedoap.segmentation.readers import read_image, read_label
 
-VERSION = 1
+VERSION = 2
 """Of what preparing does; a higher number makes every cached case anew."""
 
 Arrays: TypeAlias = dict[str, Floats]
@@ -66,18 +66,19 @@ def _prepare(case: Case, data: SiteData, plan: Plan) -> PreparedCase:
     if data.spacing_mm is not None and len(data.spacing_mm) != dimensions:
         raise DataError(f"data.spacing_mm has {len(data.spacing_mm)} numbers, but network.dimensions is {dimensions}")
     volume = read_image(case, data.channels, plan.network.in_channels, dimensions)
-    geometry = Geometry.fitted(volume.grid, size, data.spacing_mm)
-    content = scaled(resample(volume.values, geometry.content), data)
+    box = shown(volume.values) if data.crop else whole(volume.values)
+    geometry = Geometry.fitted(volume.grid, size, data.spacing_mm, box)
+    content = scaled(resample(geometry.cut(volume.values), geometry.content), data)
     image = geometry.pad(content, float(content.min()))
     label = None
     if case.label is not None:
         mask = read_label(case, volume.grid, dimensions).values
-        label = torch.from_numpy(geometry.pad(resample_mask(mask, geometry.content), 0.0))
+        label = torch.from_numpy(geometry.pad(resample_mask(geometry.cut(mask), geometry.content), 0.0))
     return PreparedCase(torch.from_numpy(image), label, case, geometry)
 
 
 def _key(case: Case, data: SiteData, plan: Plan) -> str:
-    settings = data.model_dump(mode="json", include={"modality", "spacing_mm", "window", "channels"})
+    settings = data.model_dump(mode="json", include={"modality", "spacing_mm", "crop", "window", "channels"})
     shape = [plan.data.size, plan.network.dimensions, plan.network.in_channels]
     files = [_identity(path) for path in case.images]
     label = _identity(case.label) if case.label is not None else None

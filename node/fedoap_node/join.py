@@ -85,6 +85,7 @@ def site_toml(data: Path | None, modality: Modality) -> str:
 {mark}modality = "{modality}"  # mr, ct, ultrasound or photo: defaults of intensity scaling and augmentation
 # root = "images"  # folder that the datalist's paths start at; its own folder where not given
 # spacing_mm = [1.0, 1.0]  # resample to this voxel spacing; images are only resized where not given
+# crop = false  # cut off the dark margin around what the image shows
 # window = [-100.0, 250.0]  # intensities mapped to [0, 1]; by modality where not given
 # channels = [0]  # channels of the image to use
 # max_training_cases = 20  # for trials

@@ -288,6 +288,21 @@ def test_a_mask_returns_to_the_pictures_grid(tmp_path: Path) -> None:
     np.testing.assert_array_equal(written, given_mask)
 
 
+def test_a_dark_margin_is_cut_off_where_asked_and_the_mask_returns_all_the_same(tmp_path: Path) -> None:
+    """Seen failing with the restored mask put into the image's corner."""
+    case, data = first(tmp_path, shape=(16, 10), crop=True)
+    for name in ("0.png", "0-mask.png"):
+        inner = np.asarray(Image.open(tmp_path / name))
+        Image.fromarray(np.pad(inner, ((30, 10), (0, 20)))).save(tmp_path / name)
+
+    prepared = load_case(case, data, plan())
+
+    assert (prepared.geometry.start, prepared.geometry.stop) == ((30, 0), (46, 10))
+    assert prepared.geometry.content == (16, 10)
+    assert prepared.label is not None
+    np.testing.assert_array_equal(restore(prepared.label, prepared), reference(prepared))
+
+
 def test_a_mask_of_another_grid_is_a_mistake_of_ours(tmp_path: Path) -> None:
     case, data = first(tmp_path)
 
@@ -327,7 +342,7 @@ def test_the_whole_image_fits_touches_the_borders_and_keeps_its_aspect(
     """Seen failing with the larger of the two scales, cut off at the grid's size."""
     grid = Grid(shape, shape, (0, 1), (False, False), spacing_mm=spacing)
 
-    geometry = Geometry.fitted(grid, size, None)
+    geometry = Geometry.fitted(grid, size, None, ((0, 0), shape))
 
     assert all(1 <= n <= most for n, most in zip(geometry.content, size, strict=True))
     assert any(n == most for n, most in zip(geometry.content, size, strict=True))
