@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedoap.errors import FedoapError, MessageError
+from fedoap.identity import fingerprint
 from fedoap.messages import Enrol, Refuse
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
@@ -127,6 +128,7 @@ class Daemon:
         self.zap.check()
         if self.ledger.version != self._version:
             self._look_at_roster()
+        self._name_refused()
         self._handle(Tick())
         status = self.machine.status()
         self.console.show(View(status, self._moved, now))
@@ -136,6 +138,14 @@ class Daemon:
         draft = self.state / f".{STATUS}"
         draft.write_text(json.dumps({"time": time.time(), "status": asdict(status)}))
         draft.replace(self.state / STATUS)
+
+    def _name_refused(self) -> None:
+        """Say whose keys the ZAP handler turned away: the other side is told the same."""
+        for key in self.zap.refused() - self.zap.doors.users.keys():  # a token may be younger than our last look
+            owner = next((member.name for member in self.ledger.roster().members if member.curve_key == key), "")
+            code = "revoked" if owner else "unknown_site"
+            reason = "its key was revoked" if owner else f"key {fingerprint(key)} is not enrolled"
+            self.note(Note("refused", {"site": owner, "code": code, "reason": reason}))
 
     def _look_at_roster(self) -> None:
         self._version = self.ledger.version

@@ -9,6 +9,7 @@ which is how a site that was revoked loses its live connection.
 """
 
 import os
+from collections import deque
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -23,6 +24,7 @@ from fedoap_coordinator.ledger import Invite
 
 DOMAIN: Final = "fedoap"
 PROVE_MILLISECONDS = 5000
+REFUSED_KEPT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,23 @@ class Zap(ThreadAuthenticator):
         super().__init__(context)
         self.doors = doors
         self._probe: bytes | None = None
+        self._refused: deque[bytes] = deque(maxlen=REFUSED_KEPT)
         self.configure_curve_callback(domain=DOMAIN, credentials_provider=self)
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Return whether a key (in Z85) may connect."""
         public = z85.decode(key)
-        return domain == DOMAIN and (public in self.doors.users or public == self._probe)
+        is_let_in = domain == DOMAIN and (public in self.doors.users or public == self._probe)
+        if not is_let_in:
+            self._refused.append(public)
+        return is_let_in
+
+    def refused(self) -> set[bytes]:
+        """Return the keys that were refused since the last call, the latest of them if they are many."""
+        keys = set()
+        while self._refused:
+            keys.add(self._refused.popleft())
+        return keys
 
     def curve_user_id(self, client_public_key: bytes) -> str:
         """Return the User-Id of a key; an empty one, which no peer has, if it was withdrawn a moment ago."""
@@ -110,6 +123,7 @@ class Zap(ThreadAuthenticator):
             friends = _dial(endpoint, server_key, known)
         finally:
             self._probe = None
+            self._refused.clear()
         if strangers != zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise IdentityError(f"zap: an unknown key was not refused at {endpoint} ({_say(strangers)}); not started")
         if friends != zmq.EVENT_HANDSHAKE_SUCCEEDED:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,7 @@ advertise = "tcp://127.0.0.1:{port}"
 [rounds]
 count = {rounds}
 quorum = {quorum}
-silence_seconds = 1.5
+silence_seconds = {silence}
 
 [network]
 width = 4
@@ -61,6 +61,7 @@ class Federation:
     rounds: int = 2
     quorum: int = 3
     attention: str = "off"
+    silence: float = 30.0
     environment: dict[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -68,9 +69,8 @@ class Federation:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        text = CONFIG.format(
-            sites=json.dumps(SITES), port=self.port, rounds=self.rounds, quorum=self.quorum, attention=self.attention
-        )
+        numbers = {"port": self.port, "rounds": self.rounds, "quorum": self.quorum, "silence": self.silence}
+        text = CONFIG.format(sites=json.dumps(SITES), attention=self.attention, **numbers)
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "gate").mkdir()
         (self.root / "datalist.json").write_text("{}")
@@ -107,8 +107,9 @@ class Federation:
             assert self.stop("coordinator") == 0
 
     def start_coordinator(self, *flags: str) -> None:
+        before = len(self.log("coordinator"))
         self._start("coordinator", "fedoap_coordinator", "--config", str(self.config), *flags)
-        self.wait_for("coordinator", "ready")
+        self.wait_for("coordinator", "ready", after=before)
 
     def start_node(self, name: str, *flags: str) -> None:
         self._start(name, "fedoap_node", "--site", name, "--home", str(self.root / "sites"), *flags)
@@ -135,10 +136,11 @@ class Federation:
         """Return the first such line that a daemon still running writes to its log, after the first `after` ones."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
+            has_ended = self.processes[name].poll() is not None
             for row in self.log(name)[after:]:
                 if row["event"] == event and fields.items() <= row.items():
                     return row
-            assert self.processes[name].poll() is None, f"{name} ended:\n{self.said(name)}"
+            assert not has_ended, f"{name} ended:\n{self.said(name)}"
             time.sleep(0.02)
         raise AssertionError(f"{name} never said {event} {fields}:\n{self.said(name)}")
 
@@ -163,10 +165,17 @@ class Federation:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{name} did not end:\n{self.said(name)}") from None
 
+    def start_all(self) -> None:
+        """Start the coordinator and every node, to end by themselves."""
+        self.start_coordinator("--exit-when-finished")
+        for name in SITES:
+            self.start_node(name, "--exit-when-finished")
+
     def finish(self) -> None:
         """Wait until everybody has ended by itself, all in good order."""
         codes = {name: self.ended(name) for name in list(self.processes)}
-        assert set(codes.values()) == {0}, codes
+        said = [self.said(name) for name, code in codes.items() if code]
+        assert not said, "\n".join(said)
 
     def weights(self) -> dict[str, NDArray[np.generic]]:
         """Return the model that the coordinator exports."""
@@ -193,9 +202,16 @@ def federation_type() -> type[Federation]:
 
 
 @pytest.fixture
-def federations(tmp_path: Path) -> Iterator[list[Federation]]:
-    """Collects federations whose processes are ended after the test, whatever happened."""
+def federate(tmp_path: Path) -> Iterator[Callable[..., Federation]]:
+    """Make federations that all sites have joined; their processes are ended after the test, whatever happened."""
     made: list[Federation] = []
-    yield made
+
+    def make(**settings: int | float | str | dict[str, str]) -> Federation:
+        federation = Federation(tmp_path / f"federation{len(made)}", **settings)  # type: ignore[arg-type] # forwarded as given
+        made.append(federation)
+        federation.join_all()
+        return federation
+
+    yield make
     for one in made:
         one.close()
