@@ -70,7 +70,7 @@ def test_the_mean_of_equal_updates_is_that_update_to_the_last_bit(tmp_path: Path
 
 
 def test_bits_depend_neither_on_slices_nor_on_the_order_of_arrival(tmp_path: Path) -> None:
-    """Fails when updates are summed in the order given, or partial sums are kept in float32 per slice."""
+    """Fails when partial sums are kept in float32, or the last slice of a tensor is left out."""
     shapes = {"a": (37, 11), "b": (), "c": (5000,), "d": (0, 4)}
     updates = random_updates(tmp_path, 5, shapes)
     base = blob(tmp_path / "base", {name: np.ones(shape) for name, shape in shapes.items()})
@@ -82,6 +82,20 @@ def test_bits_depend_neither_on_slices_nor_on_the_order_of_arrival(tmp_path: Pat
         ids.add((manifest.id, hashlib.sha256((tmp_path / "out").read_bytes()).hexdigest()))
 
     assert len(ids) == 1
+
+
+def test_sums_run_in_the_order_of_the_sites_names(tmp_path: Path) -> None:
+    """Fails when updates are summed in the order given: 1 + 1e30 - 1e30 is 0, and 1e30 - 1e30 + 3 is 3."""
+    base = blob(tmp_path / "base", {"w": [0.0]})
+    values = {"a": 1e30, "b": -1e30, "c": 3.0}
+    means = []
+
+    for order in ("abc", "cab", "bca"):
+        updates = [update(tmp_path, site, {"w": [values[site]]}) for site in order]
+        manifest = merge_models(updates, base, UNIFORM, tmp_path / "out")
+        means.append(read_blob(tmp_path / "out", manifest)["w"].tolist())
+
+    assert means == [[1.0]] * 3
 
 
 def test_the_manifest_names_the_bytes_on_disk(tmp_path: Path) -> None:

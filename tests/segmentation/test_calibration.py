@@ -69,13 +69,14 @@ def test_no_steps_only_measure(tmp_path: Path) -> None:
 
 def test_the_same_calibration_gives_the_same_bits(tmp_path: Path) -> None:
     """Fails when the noise comes from torch's own generator."""
-    settings = CalibrationConfig(steps=3, evaluations=1, sigma=5.0, lam=0.9, region="band")
-    place = easy_place(tmp_path, easy_plan(steps=6, calibration=settings))
+    settings = CalibrationConfig(steps=20, evaluations=2, learning_rate=1e-2, sigma=2.0, lam=0.5, region="band")
+    place = easy_place(tmp_path, easy_plan(steps=4, calibration=settings))
     model = trained(place)
 
     one, two = (calibrate(model, None, place)[0] for _ in range(2))
 
     assert equal(one, two)
+    assert not equal(one, model.personal)
 
 
 def test_validation_is_looked_at_as_often_as_configured(tmp_path: Path) -> None:

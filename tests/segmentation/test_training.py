@@ -44,7 +44,7 @@ def equal(one: State, two: State) -> bool:
 
 
 def test_an_easy_problem_is_learned(tmp_path: Path) -> None:
-    """Fails when the gradient is not zeroed, or labels are shuffled against images."""
+    """Fails when masks are shuffled against images."""
     seen: list[Progress] = []
     place = easy_place(tmp_path, easy_plan(training=training(steps=30, rho=0.2, rate=1e-2)), seen.append)
 
@@ -71,7 +71,7 @@ def test_another_site_and_another_seed_see_other_batches(tmp_path: Path) -> None
 
 
 def test_a_round_in_a_new_process_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
-    """Fails when moments start afresh, when batches start again at step 0, or the schedule does."""
+    """Fails when moments start afresh."""
     place = easy_place(tmp_path, easy_plan())
     whole, _, _ = rounds(place, 2)
     first, kept, _ = rounds(place, 1)
@@ -84,6 +84,30 @@ def test_a_round_in_a_new_process_goes_on_where_the_last_one_stopped(tmp_path: P
     train_round(again, optimizer, bank(), 2, place)
 
     assert equal(weights(whole), weights(again))
+
+
+def test_each_round_sees_further_batches(tmp_path: Path) -> None:
+    """Fails when batches start again at step 0; the rate is that of round 1 again."""
+    same_rate = training().model_copy(update={"restart_rounds": 1, "restart_factor": 1})
+    place = easy_place(tmp_path, easy_plan(training=same_rate))
+    models = [SiteModel(place.plan) for _ in range(2)]
+
+    for number, model in enumerate(models, 1):
+        train_round(model, site_optimizer(model, place), None, number, place)
+
+    assert not equal(weights(models[0]), weights(models[1]))
+
+
+def test_each_round_has_its_own_part_of_the_schedule(tmp_path: Path) -> None:
+    """Fails when the schedule starts again: AdamW's first step is as long as the rate, here half of it."""
+    one_step = training(steps=1, rho=0.0, rate=1e-2).model_copy(update={"restart_rounds": 2, "weight_decay": 0.0})
+    place = easy_place(tmp_path, easy_plan(training=one_step))
+    model = SiteModel(place.plan)
+
+    train_round(model, site_optimizer(model, place), None, 2, place)
+
+    before = SiteModel(place.plan).shared_state()["encoder.0.norm1.bias"]
+    assert np.abs(model.shared_state()["encoder.0.norm1.bias"] - before).max() == pytest.approx(5e-3, rel=1e-3)
 
 
 def test_a_round_has_its_steps_and_each_path_its_share(tmp_path: Path) -> None:
@@ -127,18 +151,18 @@ def test_a_step_on_the_personal_path_leaves_shared_twins_alone(tmp_path: Path) -
 
 
 def test_the_pull_holds_personal_parts_near_the_twins_that_the_round_began_with(tmp_path: Path) -> None:
-    """Fails when personal parameters are pulled to 0, or towards their own first values of an earlier round."""
+    """Fails when personal parameters are pulled to 0: they start half way between 0 and their twins."""
 
     def distance(mu: float) -> float:
         plan = easy_plan(training=training(rho=0.0, rate=2e-3), strategy=StrategyConfig(proximal=mu))
         place = easy_place(tmp_path, plan)
         model = SiteModel(plan)
-        state = {name: value + 0.3 for name, value in model.personal_state().items()}
+        state = {name: value / 2 for name, value in model.personal_state().items()}
         model.load_personal(state)
         train_round(model, site_optimizer(model, place), None, 1, place)
         return sum(float(((own - twin) ** 2).sum().detach()) for _, own, twin in model.twins())
 
-    assert distance(100.0) < 0.95 * distance(0.0)
+    assert distance(100.0) < 0.97 * distance(0.0)
 
 
 def test_the_bank_is_read_and_stays_as_it_is(tmp_path: Path) -> None:
