@@ -14,6 +14,7 @@ from typing import TypeAlias
 import psutil
 import pytest
 import zmq
+from click.testing import CliRunner
 from zmq.utils.monitor import parse_monitor_message
 
 from fedoap.identity import (
@@ -45,6 +46,7 @@ from fedoap.messages import (
     decode_from_coordinator,
     encode,
 )
+from fedoap_coordinator.cli import cli
 
 Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
 FED_TOML = """
@@ -87,8 +89,20 @@ class House:
     def output(self) -> str:
         return (self.folder / "out").read_text()
 
+    def look(self, *words: str) -> str:
+        """Return what a command prints, run within this process: that is faster."""
+        result = CliRunner().invoke(cli, [*words, "--config", str(self.folder / "fed.toml")])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def await_status(self, text: str) -> None:
+        until = time.monotonic() + 5
+        while text not in (shown := self.look("status")):
+            assert time.monotonic() < until, shown
+            time.sleep(0.05)
+
     def invite(self, site: str) -> Token:
-        return Token.decode(self.run("invite", site).stdout)
+        return Token.decode(self.look("invite", site))
 
 
 @pytest.fixture
@@ -129,6 +143,15 @@ class Clients:
         dealer.curve_publickey, dealer.curve_secretkey = keys.public, keys.secret
         dealer.connect(token.endpoint)
         return Client(dealer)
+
+    def invited(self, token: Token) -> Client:
+        """Connect with the token's key, as soon as the daemon has noticed the invitation of another process."""
+        keys = KeyPair(*token.curve_pair())
+        until = time.monotonic() + 5
+        while self.handshake(token, keys) != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        return self.connect(token, keys)
 
     def handshake(self, token: Token, keys: KeyPair) -> zmq.Event:
         """Return how a new connection's handshake ends."""
@@ -174,7 +197,7 @@ def hello(token: Token, client: Client) -> tuple[FromCoordinator, bytes]:
 def test_a_site_joins_says_hello_is_revoked_and_joins_anew(house: House, clients: Clients) -> None:
     house.start()
     token = house.invite("hospital_a")
-    invited = clients.connect(token, KeyPair(*token.curve_pair()))
+    invited = clients.invited(token)
 
     not_yet, _ = invited.ask(Sync(b""))
     assert isinstance(not_yet, Refuse)
@@ -190,7 +213,7 @@ def test_a_site_joins_says_hello_is_revoked_and_joins_anew(house: House, clients
     assert json.loads(plan)["federation"] == "demo"
     waiting, _ = site.ask(Sync(b""))
     assert isinstance(waiting, Idle)
-    assert "hospital_a: idle" in house.run("status").stdout
+    house.await_status("hospital_a: idle")
 
     begun = time.monotonic()
     assert house.run("revoke", "hospital_a").returncode == 0
@@ -200,13 +223,13 @@ def test_a_site_joins_says_hello_is_revoked_and_joins_anew(house: House, clients
     assert isinstance(revoked, Refuse)
     assert revoked.code == "revoked"
     assert clients.handshake(token, CURVE) == zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    assert "hospital_a: revoked" in house.run("sites").stdout
+    assert "hospital_a: revoked" in house.look("sites")
 
-    used, _ = enrol(token, clients.connect(token, KeyPair(*token.curve_pair())))
+    used, _ = enrol(token, clients.invited(token))
     assert isinstance(used, Refuse)
     assert "used already" in used.reason
     second = house.invite("hospital_a")
-    again, _ = enrol(second, clients.connect(second, KeyPair(*second.curve_pair())))
+    again, _ = enrol(second, clients.invited(second))
     assert again == Enrolled("hospital_a")
     assert isinstance(hello(second, clients.connect(second, CURVE))[0], Welcome)
 
@@ -215,13 +238,13 @@ def test_a_site_joins_says_hello_is_revoked_and_joins_anew(house: House, clients
 def test_it_ends_in_good_order_and_comes_back_on_the_same_port(house: House, clients: Clients) -> None:
     first = house.start()
     token = house.invite("hospital_a")
-    enrol(token, clients.connect(token, KeyPair(*token.curve_pair())))
+    enrol(token, clients.invited(token))
     site = clients.connect(token, CURVE)
     assert isinstance(hello(token, site)[0], Welcome)
 
     first.send_signal(signal.SIGTERM)
     assert first.wait(10) == 0
-    assert "no coordinator runs" in house.run("status").stdout
+    assert "no coordinator runs" in house.look("status")
     assert [entry["event"] for entry in house.log()][-1] == "ended"
     second = house.start()
     os.kill(second.pid, signal.SIGKILL)
@@ -254,7 +277,7 @@ def test_malformed_messages_are_answered_and_a_refusal_is_logged_once_not_a_thou
 ) -> None:
     daemon = house.start()
     token = house.invite("hospital_a")
-    enrol(token, clients.connect(token, KeyPair(*token.curve_pair())))
+    enrol(token, clients.invited(token))
     site = clients.connect(token, CURVE)
     hello(token, site)
     for number in range(1000):
