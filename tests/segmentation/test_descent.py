@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_look(tmp_path: Path) -> Non
         return (w / (3 - step if step == 3 else 1)).sum()
 
     place = easy_place(tmp_path, easy_plan())
-    with pytest.raises(TrainingError, match="site a: loss is (nan|inf) by step 10 of train"):
+    with pytest.raises(TrainingError, match=r"site a: loss is (nan|inf) by step 10 of train"):
         descend(place, batches(), Stretch("train", 0, 100, lambda _: 0.0, 0, 100), Descent(loss, optimizer))
     assert len(steps) == 10
 
