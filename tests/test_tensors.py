@@ -1,4 +1,5 @@
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
@@ -84,13 +85,39 @@ def test_an_upload_survives_packing(upload: UploadManifest) -> None:
 def test_garbled_manifests_raise_nothing_but_tensors_error(
     upload: UploadManifest, task: TaskManifest, data: st.DataObject
 ) -> None:
-    """Planted bug: `_spec` that takes a shape of any type."""
+    """Planted bug: `_unpack` that lets `UnicodeDecodeError` through."""
     for packed, unpack in ((upload.pack(), UploadManifest.unpack), (task.pack(), TaskManifest.unpack)):
         garbled = bytearray(packed)
         for _ in range(data.draw(st.integers(1, 5))):
             garbled[data.draw(st.integers(0, len(garbled) - 1))] = data.draw(st.integers(0, 255))
         with contextlib.suppress(TensorsError):
             unpack(bytes(garbled))
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=3) | st.binary()
+
+
+def _spoilt(value: object, draw: Callable[[st.SearchStrategy[object]], object]) -> object:
+    """The value with one of its parts, whichever, replaced by something else."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(value)))
+        return {**value, key: _spoilt(value[key], draw)}
+    if isinstance(value, list) and value and draw(st.integers(0, 9)):
+        index = draw(st.sampled_from(range(len(value))))
+        return [_spoilt(one, draw) if at == index else one for at, one in enumerate(value)]
+    return draw(SCALARS | st.lists(SCALARS, max_size=2))
+
+
+@given(UPLOADS, TASKS, manifests(), st.data())
+def test_manifests_with_a_part_of_another_type_raise_nothing_but_tensors_error(
+    upload: UploadManifest, task: TaskManifest, blob: BlobManifest, data: st.DataObject
+) -> None:
+    """Planted bug: `_spec` that takes a shape of any type."""
+    kinds = ((upload, UploadManifest.unpack), (task, TaskManifest.unpack), (blob, BlobManifest.unpack))
+    for manifest, unpack in kinds:
+        spoilt = _spoilt(msgpack.unpackb(manifest.pack()), data.draw)
+        with contextlib.suppress(TensorsError):
+            unpack(msgpack.packb(spoilt))
 
 
 def _packed(**changes: object) -> bytes:

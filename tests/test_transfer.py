@@ -193,11 +193,22 @@ def test_a_fetcher_that_hears_nothing_asks_again_from_the_first_missing_byte_wit
     assert asked == [(11, 8), (31, 8), (71, 8)]
 
 
-@given(st.integers(0, 60), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_a_gap_is_asked_for_at_once_and_only_once() -> None:
+    blob, raw = _floats(24)
+    fetcher = Fetcher(blob, 0.0, window_chunks=4)
+    fetcher.ask()
+
+    assert not fetcher.take(8, memoryview(raw)[8:16], 0.0)
+    assert fetcher.ask() == [(0, 16), (16, 32)]
+    assert not fetcher.take(16, memoryview(raw)[16:24], 0.0)
+    assert fetcher.ask() == []
+
+
+@given(st.integers(0, 60), st.integers(1, 6), st.integers(0, 2**32).map(random.Random))
 def test_a_download_over_a_network_that_loses_and_repeats_is_complete_and_right(
     count: int, window: int, chance: random.Random
 ) -> None:
-    """Planted bugs: a gap that is not asked for; `restart` that starts after the gap."""
+    """Planted bug: `restart` that starts after the gap."""
     blob, raw = _floats(count)
     fetcher, got, now = Fetcher(blob, 0.0, window_chunks=window), bytearray(len(raw)), 0.0
     coming: list[int] = []

@@ -91,7 +91,10 @@ class Coordinator:
     def handle(self, event: CoordinatorEvent, now: float) -> Effects:
         """Return what the daemon has to do, in order, because of one event."""
         self._rounds.now = now
-        return [*self._handle(event, now), *([] if self._is_stopping else self._rounds.advance(now))]
+        effects = self._handle(event, now)
+        if self._is_stopping or _only_moves_bytes(event):
+            return effects
+        return [*effects, *self._rounds.advance(now)]
 
     def status(self) -> Status:
         """Return how the federation stands, as of the last event."""
@@ -274,6 +277,11 @@ class Coordinator:
             return [refuse]
         self._noted[event.site, code] = now
         return [refuse, Note("refused", {"site": event.site, "code": code, "reason": reason})]
+
+
+def _only_moves_bytes(event: CoordinatorEvent) -> bool:
+    """Return whether an event can make nothing due: these come in thousands, and the next tick is near."""
+    return isinstance(event, Received) and isinstance(event.message, Chunk | Get | Progress)
 
 
 def _about(message: FromSite) -> bytes:

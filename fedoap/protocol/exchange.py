@@ -81,6 +81,11 @@ class Exchange:
         done = any(update.site == site for update in opened.updates)
         return not (self.merging is not None or done or site in self.failed) and site in self.manifest.cohort
 
+    def missing(self, opened: OpenExchange | None) -> tuple[str, ...]:
+        """Return the sites whose results are still awaited."""
+        done = {update.site for update in opened.updates} if opened else set()
+        return tuple(site for site in self.manifest.cohort if site not in done and site not in self.failed)
+
     def counted(self, opened: OpenExchange) -> tuple[Update, ...]:
         """Return the updates that would enter the result now, sorted by site."""
         return tuple(update for update in opened.updates if update.site not in self.failed)
@@ -88,13 +93,15 @@ class Exchange:
     def tally(self, opened: OpenExchange, is_silent: Callable[[str], bool], now: float) -> Tally:
         """Return how the cohort stands now."""
         committed = {update.site for update in self.counted(opened)}
-        silent = {site for site in self.manifest.cohort if site not in committed and is_silent(site)}
+        is_movable = self.manifest.kind == "init"
+        # silence decides nothing before there is a quorum, and asking after it takes time for each site
+        decides = len(committed) >= self.quorum or is_movable
         return Tally(
             self.manifest.cohort,
             self.quorum,
             committed,
             self.failed.keys(),
-            silent,
+            frozenset(filter(is_silent, self.missing(opened))) if decides else frozenset(),
             is_late=now >= self.deadline,
-            is_movable=self.manifest.kind == "init",
+            is_movable=is_movable,
         )

@@ -1,11 +1,15 @@
 """How the rounds stand, told to the operator and to the sites: pure functions of the round machine."""
 
 import math
+from collections.abc import Sequence
 
 from fedoap.messages import Idle
 from fedoap.protocol.exchange import Exchange
 from fedoap.protocol.rounds import MOST_TEXT, Rounds
 from fedoap.protocol.status import RunState, SiteState, SiteStatus, Status
+
+MOST_NAMES = 40
+"""More would not fit into a message."""
 
 
 def idle(rounds: Rounds) -> Idle:
@@ -87,7 +91,7 @@ def _reason(rounds: Rounds) -> str:
     if exchange.merging is not None:
         failed = f"; merging failed and is tried again: {exchange.merge_reason}" if exchange.merge_failures else ""
         return f"{exchange.step}: merging the results{failed}"
-    missing = [site for site in exchange.manifest.cohort if rounds.owed(site)]
+    missing = exchange.missing(rounds.history.open)
     minutes = max(0.0, exchange.deadline - rounds.now) / 60
     return f"{exchange.step}: waiting for {_names(rounds, missing)}, for {minutes:.0f} minutes at most"
 
@@ -97,12 +101,13 @@ def _reason_to_wait(rounds: Rounds) -> str:
     active = [site for site in sites if rounds.roster.active(site)]
     if len(active) < quorum:
         return f"quorum is {quorum}, but only {len(active)} of {len(sites)} sites are enrolled and not revoked"
-    away = [site for site in sites if site not in rounds.live and not rounds.is_revoked(site)]
-    return f"{len(rounds.live)} of {len(sites)} sites are here, quorum is {quorum}: waiting for {_names(rounds, away)}"
+    live = frozenset(rounds.live)
+    away = [site for site in sites if site not in live and not rounds.is_revoked(site)]
+    return f"{len(live)} of {len(sites)} sites are here, quorum is {quorum}: waiting for {_names(rounds, away)}"
 
 
-def _names(rounds: Rounds, sites: list[str]) -> str:
-    return ", ".join(f"{site}{_absence(rounds, site)}" for site in sites) or "nobody"
+def _names(rounds: Rounds, sites: Sequence[str]) -> str:
+    return ", ".join(f"{site}{_absence(rounds, site)}" for site in sites[:MOST_NAMES]) or "nobody"
 
 
 def _absence(rounds: Rounds, site: str) -> str:
