@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from fedoap.errors import ConfigError, FedoapError, StorageError, TrainingError
 from fedoap.tensors import Dtype, write_blob
@@ -247,8 +248,8 @@ def _write(job: Job, outcome: Outcome, result: JobResult) -> None:
         part = job.output / f"{RESULT}.part"
         part.write_text(result.model_dump_json(), encoding="utf-8")
         part.replace(job.output / RESULT)
-    except OSError as error:
-        raise StorageError(f"{job.output}: result cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{job.output}: result cannot be written: {error}") from None
 
 
 def _write_personal(folder: Path, personal: Personal) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from easy_site import COUNTS, easy_plan, write_easy_site
 from fedoap.bank import merge_bank
 from fedoap.config import BlobFiles, CalibrationConfig, ModelRecord, Plan, SiteData, StrategyConfig, WorkerConfig
-from fedoap.errors import ConfigError, DataError
+from fedoap.errors import ConfigError, DataError, StorageError
 from fedoap.segmentation.descent import Progress
 from fedoap.segmentation.modelfolder import load_model
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
@@ -216,6 +216,18 @@ def test_a_mistake_in_the_test_list_shows_in_the_first_round(tmp_path: Path) -> 
 
     with pytest.raises(DataError, match=r"case test0: image .*test0\.png does not exist"):
         site.do("train", 1, model=start)
+
+
+def test_a_full_disk_is_said_and_leaves_no_result(tmp_path: Path) -> None:
+    """Fails when `result.json` is written before the tensors."""
+    site = Site(tmp_path)
+    job = site.job("init")
+    job.output.mkdir()
+    (job.output / "update.blob").symlink_to("/dev/full")
+
+    with pytest.raises(StorageError, match=r"init0: result cannot be written: .*No space left on device"):
+        carry_out(job, site.seen.append)
+    assert not (job.output / "result.json").exists()
 
 
 def test_progress_is_a_few_lines_a_second_but_every_dice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
