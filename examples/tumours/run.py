@@ -12,9 +12,10 @@ import click
 from rich.console import Console
 
 from fedoap.report.results import Results
-from fedoap.simulation.config import load_simulation, to_toml
+from fedoap.simulation.config import load_simulation
 from fedoap.simulation.layout import make_layout
 from fedoap.simulation.run import simulate
+from fedoap.toml import to_toml
 
 HERE = Path(__file__).parent
 Table = dict[str, object]

@@ -31,15 +31,13 @@ STYLE = {
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def curves(series: Series, label: str, *, top: float | None = None, levels: Mapping[str, float] | None = None) -> str:
-    """Return a line over the rounds for each name; `levels` adds a dashed line across for those names."""
+def curves(series: Series, label: str, *, top: float | None = None) -> str:
+    """Return a line over the rounds for each name; `top` is where the axis ends."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(label)
         for (name, points), colour in zip(series.items(), _colours(len(series)), strict=True):
             rounds, values = zip(*points, strict=True) if points else ((), ())
             axes.plot(rounds, values, color=colour, marker="o", markersize=3, linewidth=1.5, label=name)
-            if levels and name in levels:
-                axes.axhline(levels[name], color=colour, linestyle="--", linewidth=1, alpha=0.7)
         axes.set_ylim(bottom=0, top=top)
         _legend(axes, len(series))
         return _svg(figure)

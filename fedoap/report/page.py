@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jinja2
 
-from fedoap.report.charts import Series, bars, curves
+from fedoap.report.charts import bars, curves
 from fedoap.report.results import EvaluationFile, Exchange, Results, Share, read_results
+from fedoap.toml import to_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +49,21 @@ def write_report(results_json: Path, page: Path) -> None:
             name: _gallery(results_json.parent / "evaluation", name) for name in [*results.sites, *results.unseen]
         },
         sent={name: _total_bytes(results, name) for name in results.sites},
-        configuration=results.plan.model_dump(mode="json"),
+        configuration=to_toml(results.plan.model_dump(mode="json")),
     )
     page.write_text(html, encoding="utf-8")
 
 
 def _charts(results: Results) -> list[Chart]:
-    alone = {name: site.dice_local for name, site in results.sites.items() if site.dice_local is not None}
-    seconds: Series = {
-        kind: _seconds(results, kinds) for kind, kinds in (("bank", ("seed", "bank")), ("training", ("train",)))
-    }
-    megabytes: Series = {name: _bytes(results, name) for name in results.sites}
-    dice = _by_site(results, "dice_validation")
-    return (
-        [
-            Chart("Validation Dice after each round", curves(dice, "Dice", top=1)),
-            Chart("Training loss", curves(_by_site(results, "loss"), "loss")),
-            Chart("Seconds of each round", bars({k: v for k, v in seconds.items() if v}, "seconds")),
-            Chart("Sent by each site", bars(megabytes, "MB")),
-        ]
-        if alone or dice
-        else []
-    )
+    stages = {"bank": ("seed", "bank"), "training": ("train",), "calibration": ("calibrate",)}
+    seconds = {name: points for name, kinds in stages.items() if (points := _seconds(results, kinds))}
+    megabytes = {name: _megabytes_sent(results, name) for name in results.sites}
+    return [
+        Chart("Validation Dice after each round", curves(_by_site(results, "dice_validation"), "Dice", top=1)),
+        Chart("Training loss", curves(_by_site(results, "loss"), "loss")),
+        Chart("Seconds of each round; the last is the calibration", bars(seconds, "seconds")),
+        Chart("Sent by each site", bars(megabytes, "MB")),
+    ]
 
 
 def _by_site(results: Results, metric: str) -> dict[str, list[tuple[float, float]]]:
@@ -91,7 +85,7 @@ def _seconds(results: Results, kinds: tuple[str, ...]) -> list[tuple[float, floa
     return _summed(results, lambda each: each.seconds or 0.0 if each.kind in kinds else 0.0)
 
 
-def _bytes(results: Results, site: str) -> list[tuple[float, float]]:
+def _megabytes_sent(results: Results, site: str) -> list[tuple[float, float]]:
     return _summed(results, lambda each: each.sites[site].bytes / 1e6 if site in each.sites else 0.0)
 
 

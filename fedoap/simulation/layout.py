@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fedoap.config import SiteConfig
 from fedoap.errors import ConfigError
-from fedoap.simulation.config import SimulationConfig, to_toml
+from fedoap.simulation.config import SimulationConfig
+from fedoap.toml import to_toml
 
 RESULTS = "results.json"
 MARKER = ".fedoap-simulation"

@@ -7,8 +7,9 @@ import pytest
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError
-from fedoap.simulation.config import load_simulation, to_toml
+from fedoap.simulation.config import load_simulation
 from fedoap.simulation.layout import make_layout, write_federation
+from fedoap.toml import to_toml
 
 GOOD = """
 [federation]
