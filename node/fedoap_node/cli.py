@@ -108,8 +108,8 @@ def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
     journal = Journal(folder.log, member.site)
     journal.note("started", f"fedoap-node {fedoap.__version__} for {member.federation}", software=fedoap.__version__)
     try:
-        ended = Node(member, state, config, journal).run(exit_when_finished=exit_when_finished)
-        journal.note("ended", f"ended: {ended}")
+        Node(member, state, config, journal).run(exit_when_finished=exit_when_finished)
+        journal.note("ended", "ended in good order")
     except FedoapError as error:
         journal.note("ended", "ended by an error", level="error", reason=str(error))
         raise

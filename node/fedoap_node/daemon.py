@@ -72,20 +72,18 @@ class Node:
         self._quiet_until, self._reminder_seconds = 0.0, 5.0
         self._wake, self._woken = socket.socketpair()
 
-    def run(self, *, exit_when_finished: bool) -> Literal["finished", "stopped", "asked"]:
-        """Serve until asked to end, or until the federation has ended if so told; return which it was.
+    def run(self, *, exit_when_finished: bool) -> None:
+        """Serve until asked to end by a signal, or until the federation has ended if so told.
 
         Raises:
-            RefusedError: the coordinator refuses this site for good.
+            RefusedError: the coordinator refuses this site for good, or gave the federation up.
         """
         self._catch_signals()
         try:
-            while not self._stopping:
+            while not self._stopping and not (exit_when_finished and self._left):
                 self._turn()
-                ended = self._ended()
-                if ended and exit_when_finished:
-                    return ended
-            return "asked"
+            if self._left and self._left.code == "stopped" and not self._stopping:
+                raise RefusedError("stopped", f"the federation has stopped: {self._left.reason}")
         finally:
             self._close()
 
@@ -199,11 +197,6 @@ class Node:
         if self._left is None or self._left != leave:
             self._journal.note(leave.code, f"the federation has {leave.code}: {leave.reason}", reason=leave.reason)
         self._left = leave
-
-    def _ended(self) -> Literal["finished", "stopped"] | None:
-        if self._left is None or self._left.code not in ("finished", "stopped"):
-            return None
-        return "finished" if self._left.code == "finished" else "stopped"
 
     def _flush(self) -> None:
         """Send what is due, as far as the connection takes it."""

@@ -57,7 +57,7 @@ class Work:
             return self._done(task, kept)
         try:
             self._running = self._launch(task, manifest)
-        except FedoapError as error:
+        except (FedoapError, OSError) as error:
             return self._failed(task, manifest, str(error), "the worker could not be started")
         self._journal.note("work_started", f"{_name(manifest)} begins", kind=manifest.kind, round=manifest.round)
         return None
@@ -150,7 +150,7 @@ class Work:
             return self._failed(task, manifest, f"{words} ({_ending(code)})", f"the worker {_ending(code)}")
         try:
             result = self._state.results.finish(manifest.work, running.output)
-        except (TrainingError, OSError) as error:
+        except (FedoapError, OSError) as error:
             remove(running.output)
             return self._failed(task, manifest, str(error), "the worker's result cannot be used")
         said = f"{_name(manifest)} is done after {seconds:.1f} s"
