@@ -92,7 +92,7 @@ class Coordinator:
         """Return what the daemon has to do, in order, because of one event."""
         self._rounds.now = now
         effects = self._handle(event, now)
-        if self._is_stopping or _only_moves_bytes(event):
+        if self._is_stopping or _changes_nothing(event):
             return effects
         return [*effects, *self._rounds.advance(now)]
 
@@ -119,7 +119,7 @@ class Coordinator:
             case Stopping():
                 return self._stop()
             case Tick():
-                return self._rounds.uploads.make_room(now)
+                return [*self._rounds.note_silence(), *self._rounds.uploads.make_room(now)]
 
     def _received(self, event: Received, now: float) -> Effects:
         try:
@@ -279,9 +279,9 @@ class Coordinator:
         return [refuse, Note("refused", {"site": event.site, "code": code, "reason": reason})]
 
 
-def _only_moves_bytes(event: CoordinatorEvent) -> bool:
+def _changes_nothing(event: CoordinatorEvent) -> bool:
     """Return whether an event can make nothing due: these come in thousands, and the next tick is near."""
-    return isinstance(event, Received) and isinstance(event.message, Chunk | Get | Progress)
+    return isinstance(event, Received) and isinstance(event.message, Chunk | Get | Progress | Sync)
 
 
 def _about(message: FromSite) -> bytes:

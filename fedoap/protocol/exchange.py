@@ -65,6 +65,10 @@ class Exchange:
     merge_failures: int = 0
     merge_again_at: float | None = None
     merge_reason: str = ""
+    cohort: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cohort = frozenset(self.manifest.cohort)
 
     @property
     def step(self) -> Step:
@@ -78,8 +82,9 @@ class Exchange:
 
     def awaits(self, site: str, opened: OpenExchange) -> bool:
         """Return whether the site still owes its result."""
-        done = any(update.site == site for update in opened.updates)
-        return not (self.merging is not None or done or site in self.failed) and site in self.manifest.cohort
+        if self.merging is not None or site in self.failed or site not in self.cohort:
+            return False
+        return all(update.site != site for update in opened.updates)
 
     def missing(self, opened: OpenExchange | None) -> tuple[str, ...]:
         """Return the sites whose results are still awaited."""

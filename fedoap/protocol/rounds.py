@@ -47,6 +47,7 @@ class Rounds:
     ) -> None:
         self.config, self.plan, self.roster, self.history = config, config.plan, roster, history
         self.attendance = attendance
+        self._use(roster)
         self.uploads = Uploads(config.coordinator.uploads_at_once)
         self.exchange: Exchange | None = None
         self.progress: dict[str, Progress] = {}
@@ -75,7 +76,7 @@ class Rounds:
     @property
     def live(self) -> tuple[str, ...]:
         """The sites that were heard lately, in the configuration's order."""
-        return tuple(site for site in self.config.sites if self.roster.active(site) and not self.is_silent(site))
+        return tuple(site for site in self.config.sites if site in self.active and not self.is_silent(site))
 
     @property
     def published(self) -> tuple[BlobManifest, ...]:
@@ -85,13 +86,8 @@ class Rounds:
     def is_silent(self, site: str) -> bool:
         """Return whether a site was not heard for too long; one of the cohort has time since the opening."""
         exchange = self.exchange
-        since = exchange.opened_at if exchange and site in exchange.manifest.cohort else -math.inf
+        since = exchange.opened_at if exchange and site in exchange.cohort else -math.inf
         return self.attendance.is_silent(site, since, self.now, self.config.rounds.silence_seconds)
-
-    def is_revoked(self, site: str) -> bool:
-        """Return whether the site's key was revoked."""
-        member = self.roster.find(site)
-        return member is not None and member.revoked
 
     def start(self, now: float) -> Effects:
         """Take up the exchange that was under way; its deadline and the sites' silence count from now."""
@@ -103,17 +99,17 @@ class Rounds:
 
     def change_roster(self, roster: Roster) -> Effects:
         """Go by this roster from now on: a site that is not on it any more is not waited for."""
-        self.roster = roster
+        self._use(roster)
         effects: Effects = []
         for site in self.exchange.manifest.cohort if self.exchange else ():
-            if roster.active(site) is None:
+            if site not in self.active:
                 effects += self._give_up(site, "its key was revoked")
         return effects
 
     def advance(self, now: float) -> Effects:
         """Return all that has become due by now."""
         self.now = now
-        effects = self._note_silence()
+        effects: Effects = []
         while more := self._next():
             effects += more
         return effects
@@ -131,7 +127,7 @@ class Rounds:
         """
         opened = self.history.open
         if opened is not None and self.exchange is not None and opened.task == task:
-            if site not in opened.manifest.cohort:
+            if site not in self.exchange.cohort:
                 raise RefusedError("foreign", f"site {site} is not of this task's cohort")
             if self.exchange.merging is not None:
                 raise RefusedError("late", f"{self.exchange.step} is closed")
@@ -182,7 +178,7 @@ class Rounds:
         exchange = self.exchange
         if exchange is None or exchange.merging is None or exchange.task != event.task:
             return []
-        if event.site in exchange.manifest.cohort:
+        if event.site in exchange.cohort:
             exchange.merging = None
             return self._give_up(event.site, event.reason)
         exchange.merge_failures += 1
@@ -191,6 +187,18 @@ class Rounds:
             return self._close("abandoned", None, f"merging failed: {event.reason}")
         exchange.merge_again_at = self.now + FIRST_MERGE_PAUSE_SECONDS * 2 ** (exchange.merge_failures - 1)
         return [Note("merge_failed", {"reason": event.reason, "failures": exchange.merge_failures})]
+
+    def note_silence(self) -> Effects:
+        """Return a note for each site that has fallen silent since this was asked last."""
+        heard = {site for site in self.config.sites if self.attendance.heard(site) > -math.inf}
+        silent = frozenset(site for site in heard if self.is_silent(site))
+        fresh, self._silent = sorted(silent - self._silent), silent
+        return [Note("site_silent", {"site": site}) for site in fresh]
+
+    def _use(self, roster: Roster) -> None:
+        self.roster = roster
+        self.active = frozenset(member.name for member in roster.members if not member.revoked)
+        self.revoked = frozenset(member.name for member in roster.members if member.revoked)
 
     def _next(self) -> Effects:
         exchange, opened = self.exchange, self.history.open
@@ -209,7 +217,7 @@ class Rounds:
                 return self._close("abandoned", None, _why(exchange, tally))
 
     def _open_next(self) -> Effects:
-        expected = [site for site in self.config.sites if not self.is_revoked(site)]
+        expected = [site for site in self.config.sites if site not in self.revoked]
         if not self._gathering.is_over(len(self.live), len(expected), self.now):
             return []
         manifest = self._manifest()
@@ -268,12 +276,6 @@ class Rounds:
             return []
         self.exchange.failed[site] = reason
         return [Note("site_failed", {"site": site, "reason": reason}), *self.uploads.end(site, self.now)]
-
-    def _note_silence(self) -> Effects:
-        heard = {site for site in self.config.sites if self.attendance.heard(site) > -math.inf}
-        silent = frozenset(site for site in heard if self.is_silent(site))
-        fresh, self._silent = sorted(silent - self._silent), silent
-        return [Note("site_silent", {"site": site}) for site in fresh]
 
     def _quorum(self, manifest: TaskManifest) -> int:
         return 1 if manifest.kind == "init" else self.config.quorum

@@ -21,6 +21,8 @@ def status(rounds: Rounds) -> Status:
     """Return how the federation stands."""
     exchange, step, word = rounds.exchange, rounds.step, idle(rounds)
     manifest = exchange.manifest if exchange else None
+    opened = rounds.history.open
+    committed = frozenset(update.site for update in opened.updates) if opened else frozenset()
     return Status(
         state=_state(word, exchange),
         reason=word.reason,
@@ -30,7 +32,7 @@ def status(rounds: Rounds) -> Status:
         attempt=manifest.attempt if manifest else 0,
         seconds=rounds.now - exchange.opened_at if exchange else 0.0,
         deadline_seconds=max(0.0, exchange.deadline - rounds.now) if exchange else 0.0,
-        sites=tuple(_site(rounds, site) for site in rounds.config.sites),
+        sites=tuple(_site(rounds, site, site in committed) for site in rounds.config.sites),
     )
 
 
@@ -42,11 +44,11 @@ def _state(word: Idle, exchange: Exchange | None) -> RunState:
     return "open" if exchange.merging is None else "merging"
 
 
-def _site(rounds: Rounds, site: str) -> SiteStatus:
+def _site(rounds: Rounds, site: str, is_committed: bool) -> SiteStatus:
     heard, said, upload = rounds.attendance.heard(site), rounds.progress.get(site), rounds.uploads.find(site)
     status = SiteStatus(
         site,
-        _site_state(rounds, site),
+        _site_state(rounds, site, is_committed),
         None if heard == -math.inf else rounds.now - heard,
         received=upload.receiver.at if upload else 0,
         size=upload.receiver.blob.size if upload else 0,
@@ -67,13 +69,13 @@ def _site(rounds: Rounds, site: str) -> SiteStatus:
     )
 
 
-def _site_state(rounds: Rounds, site: str) -> SiteState:
-    opened, exchange, upload = rounds.history.open, rounds.exchange, rounds.uploads.find(site)
-    if rounds.is_revoked(site):
+def _site_state(rounds: Rounds, site: str, is_committed: bool) -> SiteState:
+    exchange, upload = rounds.exchange, rounds.uploads.find(site)
+    if site in rounds.revoked:
         return "revoked"
     if exchange and site in exchange.failed:
         return "failed"
-    if opened and any(update.site == site for update in opened.updates):
+    if is_committed:
         return "committed"
     if rounds.attendance.heard(site) == -math.inf:
         return "absent"
@@ -81,7 +83,8 @@ def _site_state(rounds: Rounds, site: str) -> SiteState:
         return "silent"
     if upload:
         return "waiting" if upload.state == "waiting" else "uploading"
-    return "working" if rounds.owed(site) else "idle"
+    is_awaited = exchange is not None and exchange.merging is None and site in exchange.cohort
+    return "working" if is_awaited else "idle"
 
 
 def _reason(rounds: Rounds) -> str:
@@ -98,11 +101,11 @@ def _reason(rounds: Rounds) -> str:
 
 def _reason_to_wait(rounds: Rounds) -> str:
     quorum, sites = rounds.config.quorum, rounds.config.sites
-    active = [site for site in sites if rounds.roster.active(site)]
+    active = [site for site in sites if site in rounds.active]
     if len(active) < quorum:
         return f"quorum is {quorum}, but only {len(active)} of {len(sites)} sites are enrolled and not revoked"
     live = frozenset(rounds.live)
-    away = [site for site in sites if site not in live and not rounds.is_revoked(site)]
+    away = [site for site in sites if site not in live and site not in rounds.revoked]
     return f"{len(live)} of {len(sites)} sites are here, quorum is {quorum}: waiting for {_names(rounds, away)}"
 
 

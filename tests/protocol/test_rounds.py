@@ -288,6 +288,7 @@ def test_first_weights_are_asked_of_another_site_when_the_first_fails_or_falls_s
     desk.wait(11.0)
     assert desk.history.open is None
     desk.say("beta", Sync(b""))
+    desk.wait(0.2)
 
     assert desk.task.cohort == ("gamma",)
 
