@@ -26,7 +26,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -Im pytest benchmarks --benchmark-only
+	$(BIN)/python -Im pytest benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/rounds.py
 
 wheel: $(READY)

@@ -178,14 +178,20 @@ def phantoms(
 
 
 @cli.command(epilog="Example: fedoap report demo")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--output", "-o", type=FILE, help="The page.  [default: FOLDER/report.html]")
-def report(*, folder: Path, output: Path | None) -> None:
-    """Write the page of the simulation in FOLDER anew: one HTML file that needs no other."""
+@click.argument("results", type=PRESENT)
+@click.option("--output", "-o", type=FILE, help="The page.  [default: report.html beside the results]")
+def report(*, results: Path, output: Path | None) -> None:
+    """Write one HTML page that needs no other file, of a simulation's folder or of RESULTS as JSON.
+
+    RESULTS may also be what `fedoap-coordinator results --json` prints. Pictures are taken from the
+    folder evaluation/ beside it: NAME.json and NAME/, as `fedoap evaluate` leaves them with --json and
+    --pictures.
+    """
     from fedoap.report.page import write_report
 
-    page = output or folder / "report.html"
-    write_report(folder / "results.json", page)
+    file = results / "results.json" if results.is_dir() else results
+    page = output or file.with_name("report.html")
+    write_report(file, page)
     click.echo(page)
 
 
@@ -203,7 +209,7 @@ def _console() -> "Console":
 def _summarise(results: "Results", out: Path) -> None:
     for name, site in results.sites.items():
         alone = "" if site.dice_local is None else f", alone {site.dice_local:.3f}"
-        click.echo(f"{name}: test Dice {site.dice:.3f}{alone}")
+        click.echo(f"{name}: test Dice {site.dice or 0.0:.3f}{alone}")
     for name, unseen in results.unseen.items():
         click.echo(f"{name}: test Dice {unseen.dice:.3f} with the shared model, never trained on")
     click.echo(f"{results.rounds} rounds in {results.seconds:.0f} s; see {out / 'report.html'}")

@@ -71,7 +71,7 @@ def _table(results: Mapping[tuple[str, int], Results]) -> str:
     for (variant, seed), each in results.items():
         unseen = [site.dice for site in each.unseen.values()]
         rows = {
-            variant: [site.dice for site in each.sites.values()],
+            variant: [site.dice for site in each.sites.values() if site.dice is not None],
             f"{variant}, not calibrated": [site.metrics["dice_test_before"] for site in each.sites.values()],
             "alone": [site.dice_local for site in each.sites.values() if site.dice_local is not None],
         }

@@ -29,7 +29,7 @@ class Chart:
 
 
 def write_report(results_json: Path, page: Path) -> None:
-    """Leave the page of a simulation; pictures are taken from `evaluation/` beside the results, if there is one.
+    """Leave the page of some results; pictures are taken from `evaluation/` beside them, if there is one.
 
     Raises:
         ConfigError: there are no results, or they have another form.
@@ -49,7 +49,7 @@ def write_report(results_json: Path, page: Path) -> None:
             name: _gallery(results_json.parent / "evaluation", name) for name in [*results.sites, *results.unseen]
         },
         sent={name: _total_bytes(results, name) for name in results.sites},
-        configuration=to_toml(results.plan.model_dump(mode="json")),
+        configuration=to_toml(results.plan.model_dump(mode="json")) if results.plan else "",
     )
     page.write_text(html, encoding="utf-8")
 

@@ -16,6 +16,7 @@ from fedoap.report.results import (
     EvaluationFile,
     Exchange,
     Figures,
+    Ledger,
     Results,
     Share,
     SiteResult,
@@ -55,6 +56,17 @@ def test_a_page_without_local_only_pictures_or_unseen_sites_is_made_too(tmp_path
     page = (tmp_path / "report.html").read_text()
     assert "Sites that took no part" not in page
     assert "each site alone" not in page
+
+
+def test_what_the_coordinator_prints_makes_a_page_too(tmp_path: Path) -> None:
+    ledger = Ledger(federation="f", finished=False, exchanges=_results().exchanges)
+    (tmp_path / "ledger.json").write_text(ledger.model_dump_json())
+
+    write_report(tmp_path / "ledger.json", tmp_path / "report.html")
+
+    page = (tmp_path / "report.html").read_text()
+    assert "brain" in page
+    assert page.count("<svg") == 4
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
