@@ -28,9 +28,17 @@ class Faults:
     @classmethod
     def of(cls, rng: random.Random) -> "Faults":
         """Each kind of fault is absent in half of all worlds, and of any strength up to its bound in the others."""
-        bounds = [0.2, 0.2, 0.5, 0.02, 0.01, 0.01, 0.1]
-        chances = [rng.random() * bound if rng.random() < 0.5 else 0.0 for bound in bounds]
-        return cls(*chances, outage=rng.choice([5.0, 20.0, 200.0]))
+        bounds = {
+            "lose": 0.2,
+            "repeat": 0.2,
+            "delay": 0.5,
+            "cut": 0.02,
+            "crash_coordinator": 0.01,
+            "crash_site": 0.01,
+            "disk_full": 0.1,
+        }
+        chances = {name: rng.random() * bound if rng.random() < 0.5 else 0.0 for name, bound in bounds.items()}
+        return cls(**chances, outage=rng.choice([5.0, 20.0, 200.0]))
 
 
 @dataclass
