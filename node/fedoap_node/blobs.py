@@ -13,6 +13,8 @@ from fedoap.identity import sync_folder
 from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, write_durably
 
+WRITE_BACK_BYTES = 8 << 20
+
 
 class BlobStore:
     """The blobs of one site, and the parts that are still growing.
@@ -55,6 +57,10 @@ class BlobStore:
             return
         try:
             written = os.pwrite(descriptor, data, at)
+            if (
+                at + written
+            ) % WRITE_BACK_BYTES == 0:  # so that little is left for the fdatasync, which holds the loop up
+                os.posix_fadvise(descriptor, at + written - WRITE_BACK_BYTES, WRITE_BACK_BYTES, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             self.drop(part)
             raise StorageError(f"{self._parts}: cannot be written: {error.strerror}") from None
