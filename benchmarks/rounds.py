@@ -2,6 +2,7 @@
 
     python benchmarks/rounds.py --mb 200 --sites 3 --rounds 3
 
+A site sends back what it got, plus a change that its number fixes: this file is the worker too (`--work JOB`).
 Prints, over the training rounds: seconds from the announcement of a round to that of the next, the same without
 the slowest site's worker, the peak resident memory of the coordinator (all its processes together) and of the
 largest node daemon (without its worker), and the bytes that travelled. Everything is on loopback, in a
@@ -24,16 +25,26 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import numpy as np
 import psutil
 
-from benchmarks.rounds_worker import first_weights, site_change
 from fedoap.config import ModelRecord
-from fedoap.tensors import BlobManifest, as_float32
+from fedoap.tensors import BlobManifest, as_float32, read_blob, write_blob
 
-HERE = Path(__file__).parent
+TENSORS = 60
 Row = dict[str, str | int | float]
+
+
+class Job(TypedDict):
+    """What this worker reads of its job."""
+
+    kind: str
+    site: str
+    plan: dict[str, dict[str, Literal["float32", "bfloat16"]]]
+    model: dict[str, str]
+    output: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,27 @@ class Figures:
     mb_a_round: float
     time: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).isoformat(timespec="seconds"))
     machine: str = f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What is run, and where."""
+
+    root: Path
+    mb: float
+    names: list[str]
+    rounds: int
+    dtype: str
+
+    @property
+    def config(self) -> Path:
+        """The federation's configuration."""
+        return self.root / "fed.toml"
+
+    @property
+    def floats(self) -> int:
+        """Parameters of the shared model."""
+        return int(self.mb * 1e6) // 4
 
 
 @dataclass
@@ -87,76 +119,112 @@ class Watch:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print, or do a worker's job."""
+    if sys.argv[1:2] == ["--work"]:
+        return work(json.loads(Path(sys.argv[2]).read_bytes()))
     options = _options()
     with tempfile.TemporaryDirectory(prefix="fedoap-rounds-", dir=options.folder) as folder:
-        figures = measure(Path(folder), options.mb, options.sites, options.rounds, options.dtype)
+        names = [f"site{k}" for k in range(options.sites)]
+        figures = measure(Trial(Path(folder), options.mb, names, options.rounds, options.dtype))
     for name, value in asdict(figures).items():
         print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")
     if options.csv:
         _append(options.csv, figures)
+    return None
 
 
-def measure(root: Path, mb: float, sites: int, rounds: int, dtype: str) -> Figures:
-    """Run one federation in the folder and return its figures; the final average is checked first."""
-    names = [f"site{k}" for k in range(sites)]
-    floats = int(mb * 1e6) // 4
-    os.environ |= {"ROUNDS_FLOATS": str(floats), "OMP_NUM_THREADS": "1"}
-    config = _write_config(root, names, rounds, dtype)
+def measure(trial: Trial) -> Figures:
+    """Run one federation and return its figures; the final average is checked first."""
+    os.environ |= {"ROUNDS_FLOATS": str(trial.floats), "OMP_NUM_THREADS": "1"}
+    _write_config(trial)
     with ExitStack() as stack:
-        coordinator = _start(
-            stack, root, "coordinator", "fedoap_coordinator", "--config", str(config), "--exit-when-finished"
-        )
-        for name in names:
-            _join(root, config, name)
-        nodes = [
-            _start(
-                stack, root, name, "fedoap_node", "--site", name, "--home", str(root / "home"), "--exit-when-finished"
-            )
-            for name in names
-        ]
+        coordinator = _start(stack, trial, "coordinator", "fedoap_coordinator", "--config", str(trial.config))
+        for name in trial.names:
+            _join(trial, name)
+        home = ["--home", str(trial.root / "home")]
+        nodes = [_start(stack, trial, name, "fedoap_node", "--site", name, *home) for name in trial.names]
         watch = Watch(psutil.Process(coordinator.pid), [psutil.Process(node.pid) for node in nodes])
         sampler = threading.Thread(target=watch.run)
         sampler.start()
         stack.callback(watch.over.set)
         for process in (coordinator, *nodes):
             if process.wait(1800) != 0:
-                raise SystemExit(f"a daemon failed; its output lies in {root}")
+                raise SystemExit(f"a daemon failed; its output lies in {trial.root}")
     sampler.join()
-    _check_average(root, config, floats, names, rounds, dtype)
-    return _figures(root, names, rounds, mb, dtype, watch)
+    _check_average(trial)
+    return _figures(trial, watch)
 
 
-def _figures(root: Path, names: list[str], rounds: int, mb: float, dtype: str, watch: Watch) -> Figures:
-    opened = {(row["kind"], row["round"]): _seconds(row) for row in _rows(root / "state/log.jsonl", "task_opened")}
+def work(job: Job) -> None:
+    """Do one job of a site."""
+    tensors: dict[str, np.ndarray] = {}
+    if job["kind"] == "init":
+        tensors = first_weights(int(os.environ["ROUNDS_FLOATS"]))
+    elif job["kind"] == "train":
+        manifest = BlobManifest.unpack(Path(job["model"]["manifest"]).read_bytes())
+        change = np.float32(site_change(job["site"]))
+        for name, values in read_blob(Path(job["model"]["blob"]), manifest).items():
+            tensors[name] = values.astype(np.float32, copy=False) + change
+    output = Path(job["output"])
+    if tensors:
+        manifest = write_blob(output / "update.blob", tensors, job["plan"]["wire"]["dtype"])
+        (output / "update.manifest").write_bytes(manifest.pack())
+    (output / "draft.json").write_text(json.dumps({"cases": 8, "metrics": {"loss": 0.5}}))
+    (output / "draft.json").rename(output / "result.json")
+
+
+def first_weights(floats: int) -> dict[str, np.ndarray]:
+    """Return tensors of so many standard-normal values together."""
+    random = np.random.default_rng(1)
+    return {f"layer{k:02d}.weight": random.standard_normal(floats // TENSORS, np.float32) for k in range(TENSORS)}
+
+
+def site_change(site: str) -> float:
+    """Return what a site adds to each weight in a round."""
+    return 1e-3 * (1 + int(site.removeprefix("site")))
+
+
+def _figures(trial: Trial, watch: Watch) -> Figures:
+    log = _rows(trial.root / "state/log.jsonl", "task_opened")
+    opened = {(row["kind"], row["round"]): _seconds(row) for row in log}
     whole, outside, cpu = [], [], []
-    for number in range(1, rounds + 1):
+    for number in range(1, trial.rounds + 1):
         begin = opened["train", number]
-        end = opened[("train", number + 1) if number < rounds else ("calibrate", rounds + 1)]
+        end = opened[("train", number + 1) if number < trial.rounds else ("calibrate", trial.rounds + 1)]
         whole.append(end - begin)
         cpu.append(watch.cpu_until(end) - watch.cpu_until(begin))
-        outside.append(end - begin - max(_worker_seconds(root, name, number) for name in names))
-    sent = mb * (1 if dtype == "float32" else 0.5) * 2 * len(names)
+        outside.append(end - begin - max(_worker_seconds(trial, name, number) for name in trial.names))
     return Figures(
-        mb, len(names), rounds, dtype, statistics.median(whole), min(whole), max(whole), statistics.median(outside),
-        max(outside), statistics.median(cpu), watch.coordinator_peak / 1e6, watch.node_peak / 1e6, sent,
-    )  # fmt: skip
+        mb=trial.mb,
+        sites=len(trial.names),
+        rounds=trial.rounds,
+        dtype=trial.dtype,
+        round_seconds=statistics.median(whole),
+        round_seconds_best=min(whole),
+        round_seconds_worst=max(whole),
+        outside_seconds=statistics.median(outside),
+        outside_seconds_worst=max(outside),
+        cpu_seconds=statistics.median(cpu),
+        coordinator_peak_mb=watch.coordinator_peak / 1e6,
+        node_peak_mb=watch.node_peak / 1e6,
+        mb_a_round=trial.mb * (1 if trial.dtype == "float32" else 0.5) * 2 * len(trial.names),
+    )
 
 
-def _worker_seconds(root: Path, name: str, number: int) -> float:
-    rows = _rows(root / "home" / name / "log.jsonl", "work_done")
+def _worker_seconds(trial: Trial, name: str, number: int) -> float:
+    rows = _rows(trial.root / "home" / name / "log.jsonl", "work_done")
     return next(float(row["seconds"]) for row in rows if (row["kind"], row["round"]) == ("train", number))
 
 
-def _check_average(root: Path, config: Path, floats: int, names: list[str], rounds: int, dtype: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "fedoap_coordinator", "export", str(root / "model"), "--config", str(config)], check=True
-    )
-    record = ModelRecord.model_validate_json((root / "model/model.json").read_bytes())
+def _check_average(trial: Trial) -> None:
+    model = trial.root / "model"
+    export = [sys.executable, "-m", "fedoap_coordinator", "export", str(model), "--config", str(trial.config)]
+    subprocess.run(export, check=True, capture_output=True)
+    record = ModelRecord.model_validate_json((model / "model.json").read_bytes())
     manifest = BlobManifest.unpack(record.shared.manifest.read_bytes())
-    change = rounds * statistics.mean(map(site_change, names))
-    first = first_weights(floats)
-    tolerance = 1e-5 if dtype == "float32" else 0.05
+    change = trial.rounds * statistics.mean(map(site_change, trial.names))
+    first = first_weights(trial.floats)
+    tolerance = 1e-5 if trial.dtype == "float32" else 0.05
     with record.shared.blob.open("rb") as blob:
         for spec in manifest.tensors:
             values = as_float32(blob.read(spec.size), spec.dtype)
@@ -165,33 +233,33 @@ def _check_average(root: Path, config: Path, floats: int, names: list[str], roun
                 raise SystemExit(f"{spec.name}: the average is off by {error}")
 
 
-def _join(root: Path, config: Path, name: str) -> None:
-    invite = [sys.executable, "-m", "fedoap_coordinator", "invite", name, "--config", str(config)]
+def _join(trial: Trial, name: str) -> None:
+    invite = [sys.executable, "-m", "fedoap_coordinator", "invite", name, "--config", str(trial.config)]
     token = subprocess.run(invite, check=True, capture_output=True, text=True).stdout.strip()
-    data = ["--home", str(root / "home"), "--data", str(root / "datalist.json")]
-    subprocess.run([sys.executable, "-m", "fedoap_node", "join", token, *data], check=True, capture_output=True)
-    worker = json.dumps([sys.executable, str(HERE / "rounds_worker.py")])
-    with (root / "home" / name / "site.toml").open("a") as text:
+    home, data = trial.root / "home", trial.root / "datalist.json"
+    join = [sys.executable, "-m", "fedoap_node", "join", token, "--home", str(home), "--data", str(data)]
+    subprocess.run(join, check=True, capture_output=True)
+    worker = json.dumps([sys.executable, str(Path(__file__).absolute()), "--work"])
+    with (home / name / "site.toml").open("a") as text:
         text.write(f"command = {worker}\n")
 
 
-def _write_config(root: Path, names: list[str], rounds: int, dtype: str) -> Path:
+def _write_config(trial: Trial) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    (root / "datalist.json").write_text("{}")
-    path = root / "fed.toml"
-    path.write_text(
-        f'federation = "rounds"\nsites = {json.dumps(names)}\n'
+    (trial.root / "datalist.json").write_text("{}")
+    trial.config.write_text(
+        f'federation = "rounds"\nsites = {json.dumps(trial.names)}\n'
         f'[coordinator]\nbind = "{endpoint}"\nadvertise = "{endpoint}"\n'
-        f'[rounds]\ncount = {rounds}\n[network]\nattention = "off"\n[wire]\ndtype = "{dtype}"\n'
+        f'[rounds]\ncount = {trial.rounds}\n[network]\nattention = "off"\n[wire]\ndtype = "{trial.dtype}"\n'
     )
-    return path
 
 
-def _start(stack: ExitStack, root: Path, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    out = stack.enter_context((root / f"{name}.out").open("wb"))
-    process = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out, stderr=out)
+def _start(stack: ExitStack, trial: Trial, name: str, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    out = stack.enter_context((trial.root / f"{name}.out").open("wb"))
+    command = [sys.executable, "-m", module, *arguments, "--exit-when-finished"]
+    process = subprocess.Popen(command, stdout=out, stderr=out)
     stack.callback(_end, process)
     return process
 
