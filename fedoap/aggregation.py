@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedoap.config import StrategyConfig
-from fedoap.errors import TensorsError
+from fedoap.errors import TensorsError, UpdateError
 from fedoap.messages import CHUNK_BYTES
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec, UploadManifest, as_float32, bfloat16_bits
 
@@ -177,13 +177,13 @@ def _check_updates(updates: Sequence[tuple[Path, UploadManifest]], path: Path, b
     sites = [manifest.site for _, manifest in updates]
     for _, manifest in updates:
         if sites.count(manifest.site) > 1:
-            raise TensorsError(f"site {manifest.site}: has more than one update, but one counts")
+            raise UpdateError(manifest.site, "has more than one update, but one counts")
         if [(spec.name, spec.shape) for spec in manifest.blob.tensors] != table:
-            raise TensorsError(f"site {manifest.site}: names or shapes of its update are not those of the model")
+            raise UpdateError(manifest.site, "names or shapes of its update are not those of the model")
         if any(spec.dtype == "int64" for spec in manifest.blob.tensors):
-            raise TensorsError(f"site {manifest.site}: its update holds int64, but only floats have a mean")
+            raise UpdateError(manifest.site, "its update holds int64, but only floats have a mean")
         if manifest.cases <= 0:
-            raise TensorsError(f"site {manifest.site}: its update counts {manifest.cases} cases, but must count some")
+            raise UpdateError(manifest.site, f"its update counts {manifest.cases} cases, but must count some")
 
 
 def _slices(spec: TensorSpec, values: int) -> Iterator[tuple[int, int]]:

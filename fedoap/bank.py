@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedoap.config import Plan
-from fedoap.errors import TensorsError
+from fedoap.errors import TensorsError, UpdateError
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob, write_blob
 
 BankKind: TypeAlias = Literal["seed", "bank"]
@@ -115,14 +115,14 @@ def _check_table(manifest: UploadManifest, kind: BankKind, plan: Plan) -> None:
         "values": ("float32", (slots, channels)),
     }
     if rows != wanted:
-        raise TensorsError(f"site {manifest.site}: its bank sums are not counts, keys, patients, values of one length")
+        raise UpdateError(manifest.site, "its bank sums are not counts, keys, patients, values of one length")
     if slots > plan.bank.slots or (kind == "bank" and slots != plan.bank.slots):
-        raise TensorsError(f"site {manifest.site}: sums are for {slots} slots, but bank.slots is {plan.bank.slots}")
+        raise UpdateError(manifest.site, f"its sums are for {slots} slots, but bank.slots is {plan.bank.slots}")
 
 
 def _refuse(site: str, bad: NDArray[np.bool_], what: str) -> None:
     if bad.any():
-        raise TensorsError(f"site {site}: slot {int(bad.argmax())} of its bank sums {what}")
+        raise UpdateError(site, f"slot {int(bad.argmax())} of its bank sums {what}")
 
 
 def _add(sites: Sequence[_Sums]) -> _Sums:

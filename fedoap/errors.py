@@ -30,6 +30,14 @@ class TensorsError(FedoapError):
     """A set of tensors does not match its manifest or the model's schema."""
 
 
+class UpdateError(TensorsError):
+    """One site's update cannot be merged; `site` is whose, so that the others' can be merged without it."""
+
+    def __init__(self, site: str, reason: str) -> None:
+        super().__init__(f"site {site}: {reason}")
+        self.site = site
+
+
 class TrainingError(FedoapError):
     """Training cannot go on: a loss that is not finite, no case to train on."""
 

@@ -151,8 +151,8 @@ def test_sums_that_cannot_be_used_are_refused_by_site_and_slot(tmp_path: Path) -
         "site minus: slot 0 .* negative": update(tmp_path, "minus", [-1, 1], at(1.0, 1.0)),
         "site nan: slot 1 .* not finite": update(tmp_path, "nan", [1, 1], at(1.0, np.nan)),
         "site ghost: slot 0 .* count is 0": update(tmp_path, "ghost", [0, 1], at(1.0, 1.0)),
-        "site long: sums are for 3 slots": update(tmp_path, "long", [1, 1, 1], at(1.0, 1.0, 1.0)),
-        "site short: sums are for 1 slots": update(tmp_path, "short", [1], at(1.0)),
+        "site long: its sums are for 3 slots": update(tmp_path, "long", [1, 1, 1], at(1.0, 1.0, 1.0)),
+        "site short: its sums are for 1 slots": update(tmp_path, "short", [1], at(1.0)),
         "site narrow: its bank sums": update(tmp_path, "narrow", [1, 1], np.ones((2, CHANNELS - 1))),
     }
 

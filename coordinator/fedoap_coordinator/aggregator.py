@@ -2,7 +2,8 @@
 
 It reads a `MergeJob`, leaves durable blob files and, last and atomically, a `MergeResult` in
 `job.output`. It holds no socket, no key and no ledger; the daemon takes its files over. Exit code 0
-means that the result is there; 2 that the last line of standard error says what is wrong.
+means that the result is there; 2 that the last line of standard error says what is wrong, and that the
+file `BLAME`, if there is one, names the site whose update is to blame.
 """
 
 import os
@@ -14,12 +15,13 @@ from pydantic import ValidationError
 from fedoap.aggregation import convert, merge_models
 from fedoap.bank import merge_bank
 from fedoap.config import BlobFiles, Frozen, Plan
-from fedoap.errors import FedoapError, StorageError
+from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
 
 RESULT = "result.json"
 BLOB = "result.blob"
 MASTER = "master.blob"
+BLAME = "blame"
 
 
 class MergeUpdate(Frozen):
@@ -92,7 +94,11 @@ def merge(job: MergeJob) -> MergeResult:
 def main(path: Path) -> None:
     """Do the job that the file describes; its result is durable when this returns."""
     job = MergeJob.model_validate_json(path.read_bytes())
-    result = merge(job)
+    try:
+        result = merge(job)
+    except UpdateError as error:
+        (job.output / BLAME).write_text(error.site)
+        raise
     for name in (BLOB, MASTER):
         _sync(job.output / name)
     draft = job.output / f".{RESULT}"

@@ -11,7 +11,7 @@ from fedoap.config import Plan
 from fedoap.errors import StorageError
 from fedoap.protocol.events import Aggregate, Aggregated, AggregateFailed
 from fedoap.tensors import BlobManifest
-from fedoap_coordinator.aggregator import BLOB, MASTER, RESULT, MergeBase, MergeJob, MergeResult, MergeUpdate
+from fedoap_coordinator.aggregator import BLAME, BLOB, MASTER, RESULT, MergeBase, MergeJob, MergeResult, MergeUpdate
 from fedoap_coordinator.store import Made, Store
 
 STOP_SECONDS = 5.0
@@ -60,7 +60,8 @@ class Merging:
         self._running = None
         try:
             if job.process.returncode:
-                return AggregateFailed(job.task, _last_line(job.folder / "errors", job.process.returncode))
+                reason = _last_line(job.folder / "errors", job.process.returncode)
+                return AggregateFailed(job.task, reason, _blamed(job.folder / BLAME))
             return Aggregated(job.task, self._take_over(job.folder))
         finally:
             shutil.rmtree(job.folder)
@@ -101,6 +102,10 @@ class Merging:
         master = BlobManifest.unpack(bytes.fromhex(result.master)) if result.master else None
         self._store.publish(Made(manifest, folder / BLOB, (folder / MASTER, master) if master else None))
         return manifest
+
+
+def _blamed(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _last_line(path: Path, code: int) -> str:

@@ -153,6 +153,7 @@ def test_updates_that_do_not_fit_fail_with_the_reason(
 
     assert isinstance(end, AggregateFailed)
     assert "site hospital_a: names or shapes of its update are not those of the model" in end.reason
+    assert end.site == "hospital_a"
     assert list((state / "merge").iterdir()) == []
 
 
