@@ -13,7 +13,8 @@ from fedoap.simulation.layout import make_layout
 from fedoap.simulation.run import simulate
 
 SIZE = (64, 64)
-COUNTS: dict[Split, int] = {"training": 48, "validation": 12, "test": 24}
+COUNTS: dict[Split, int] = {"training": 8, "validation": 12, "test": 40}
+"""Few to learn from, as in small hospitals, and enough to measure on."""
 
 
 def run_demo(out: Path, console: Console, *, overwrite: bool = False) -> Results:
