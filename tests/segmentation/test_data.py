@@ -30,8 +30,6 @@ from fedoap.segmentation.data import (
     training_batches,
 )
 from fedoap.segmentation.datalist import Case, case_of, load_datalist
-from fedoap.segmentation.geometry import Geometry, Grid, resample, resample_mask
-from fedoap.segmentation.intensity import scaled
 
 SIZE = (16, 16)
 
@@ -330,85 +328,6 @@ def test_a_volume_is_resampled_to_millimetres_and_its_mask_returns(tmp_path: Pat
     assert overlap > 0.9
     save_mask(tmp_path / "out.nii.gz", restored, prepared)
     np.testing.assert_array_equal(nibabel.load(tmp_path / "out.nii.gz").affine, affine)
-
-
-sizes = st.integers(1, 40)
-
-
-@given(shape=st.tuples(sizes, sizes), size=st.tuples(sizes, sizes), spacing=st.sampled_from([None, (0.5, 2.0)]))
-def test_the_whole_image_fits_touches_the_borders_and_keeps_its_aspect(
-    shape: tuple[int, int], size: tuple[int, int], spacing: tuple[float, float] | None
-) -> None:
-    """Seen failing with the larger of the two scales, cut off at the grid's size."""
-    grid = Grid(shape, shape, (0, 1), (False, False), spacing_mm=spacing)
-
-    geometry = Geometry.fitted(grid, size, None, ((0, 0), shape))
-
-    assert all(1 <= n <= most for n, most in zip(geometry.content, size, strict=True))
-    assert any(n == most for n, most in zip(geometry.content, size, strict=True))
-    lengths = [n * step for n, step in zip(shape, spacing or (1.0, 1.0), strict=True)]
-    scale = min(n / length for n, length in zip(size, lengths, strict=True))
-    assert all(abs(n - max(1, length * scale)) <= 0.5 for n, length in zip(geometry.content, lengths, strict=True))
-
-
-@given(shape=st.tuples(sizes, sizes), source=st.tuples(sizes, sizes))
-def test_resampling_keeps_constants_and_range(shape: tuple[int, int], source: tuple[int, int]) -> None:
-    """Seen failing with weights that are not normalised at the borders."""
-    values = np.random.default_rng(0).random((1, *source), dtype=np.float32)
-
-    changed = resample(values, shape)
-
-    np.testing.assert_allclose(resample(np.full((1, *source), 3, np.float32), shape), 3, rtol=1e-5)
-    assert changed.shape == (1, *shape)
-    assert values.min() - 1e-5 <= changed.min() <= changed.max() <= values.max() + 1e-5
-
-
-def test_resampling_to_half_takes_a_weighted_mean_of_neighbours() -> None:
-    values = np.array([[0, 0, 8, 0, 0, 0, 0, 0]], dtype=np.float32)
-
-    # triangle filter of half-width 2 about 0.5, 2.5, 4.5, 6.5: weights 1/8 3/8 3/8 1/8, cut at the border
-    np.testing.assert_allclose(resample(values, (4,))[0], [8 / 7, 3, 0, 0], atol=1e-6)
-
-
-def test_a_lesion_of_one_voxel_survives_shrinking() -> None:
-    mask = np.zeros((1, 64, 64), np.float32)
-    mask[0, 31, 7] = 1
-
-    assert resample_mask(mask, (8, 8)).sum() == 1
-    assert resample_mask(np.zeros((1, 64, 64), np.float32), (8, 8)).sum() == 0
-
-
-def test_standardised_modalities_have_mean_0_and_spread_1_where_they_are_not_zero() -> None:
-    values = np.random.default_rng(0).normal(100, 20, (1, 64, 64)).astype(np.float32)
-    values[0, :20] = 0
-
-    for modality in ("mr", "ultrasound", "photo"):
-        inside = scaled(values, SiteData.model_validate({"datalist": "l", "modality": modality}))[0, 20:]
-        assert abs(inside.mean()) < 0.01
-        assert abs(inside.std() - 1) < 0.01
-
-
-def test_hounsfield_units_keep_an_absolute_window() -> None:
-    values = np.array([[[-1000.0, -100.0, 100.0, 300.0, 2000.0]]], dtype=np.float32)
-
-    np.testing.assert_allclose(scaled(values, SiteData(datalist=Path("l"), modality="ct"))[0, 0], [-2, -2, 0, 2, 2])
-
-
-def test_a_window_is_the_sites_to_choose() -> None:
-    values = np.array([[[0.0, 10.0, 20.0]]], dtype=np.float32)
-
-    found = scaled(values, SiteData(datalist=Path("l"), modality="mr", window=(0.0, 20.0)))
-
-    np.testing.assert_allclose(found[0, 0], [-2, 0, 2])
-
-
-def test_an_8_bit_export_of_computed_tomography_is_stretched() -> None:
-    values = np.linspace(0, 60, 1000, dtype=np.float32).reshape(1, 25, 40)
-
-    found = scaled(values, SiteData(datalist=Path("l"), modality="ct"))
-
-    assert found.min() == -2
-    assert found.max() == 2
 
 
 def test_a_prepared_case_says_what_it_was(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""What becomes of intensities, for each modality."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fedoap.config import SiteData
+from fedoap.segmentation.intensity import scaled
+
+
+def test_standardised_modalities_have_mean_0_and_spread_1_where_they_are_not_zero() -> None:
+    values = np.random.default_rng(0).normal(100, 20, (1, 64, 64)).astype(np.float32)
+    values[0, :20] = 0
+
+    for modality in ("mr", "ultrasound", "photo"):
+        inside = scaled(values, SiteData.model_validate({"datalist": "l", "modality": modality}))[0, 20:]
+        assert abs(inside.mean()) < 0.01
+        assert abs(inside.std() - 1) < 0.01
+
+
+def test_hounsfield_units_keep_an_absolute_window() -> None:
+    values = np.array([[[-1000.0, -100.0, 100.0, 300.0, 2000.0]]], dtype=np.float32)
+
+    np.testing.assert_allclose(scaled(values, SiteData(datalist=Path("l"), modality="ct"))[0, 0], [-2, -2, 0, 2, 2])
+
+
+def test_a_window_is_the_sites_to_choose() -> None:
+    values = np.array([[[0.0, 10.0, 20.0]]], dtype=np.float32)
+
+    found = scaled(values, SiteData(datalist=Path("l"), modality="mr", window=(0.0, 20.0)))
+
+    np.testing.assert_allclose(found[0, 0], [-2, 0, 2])
+
+
+def test_an_8_bit_export_of_computed_tomography_is_stretched() -> None:
+    values = np.linspace(0, 60, 1000, dtype=np.float32).reshape(1, 25, 40)
+
+    found = scaled(values, SiteData(datalist=Path("l"), modality="ct"))
+
+    assert found.min() == -2
+    assert found.max() == 2
