@@ -71,7 +71,9 @@ class Display:
         if event["outcome"] == "done":
             self._progress.advance(self._whole)
         seconds = _number(event["seconds"])
-        self.say(f"{event['kind']} round {event['round']}/{self._plan.rounds}: {event['outcome']} in {seconds} s")
+        number, last = event["round"], self._plan.rounds
+        when = f"round {number}/{last}" if _count(number) <= last else "after the last round"
+        self.say(f"{event['kind']} {when}: {event['outcome']} in {seconds} s")
 
     def _add(self, name: str) -> TaskID:
         return self._progress.add_task(f"  {name}", total=1, note="waiting")
