@@ -19,12 +19,13 @@ from fedoap.toml import to_toml
 
 HERE = Path(__file__).parent
 Table = dict[str, object]
+FEDAVG: Table = {"name": "fedavg", "personal": [], "proximal": 0.0}
 # Training alone needs no federation of its own: its steps are counted like FedOAP's, so it runs beside that.
 VARIANTS: Mapping[str, Table] = {
     "fedoap": {"local_only": True},
     "fedavg": {
         "local_only": False,
-        "federation": {"strategy": {"name": "fedavg"}, "network": {"attention": "projection"}},
+        "federation": {"strategy": FEDAVG, "network": {"attention": "projection"}},
     },
 }
 
