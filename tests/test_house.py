@@ -29,7 +29,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def test_every_import_keeps_to_its_layer() -> None:
-    """Seen failing with `import fedoap.cli` in fedoap/config.py."""
+    """Would fail with `import fedoap.cli` in fedoap/config.py."""
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -38,7 +38,7 @@ def test_every_import_keeps_to_its_layer() -> None:
 
 
 def test_the_coordinator_starts_quickly_and_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    """Seen failing with `import fedoap.segmentation.network` in the coordinator's command line."""
+    """Would fail with `import fedoap.segmentation.network` in the coordinator's command line."""
     runs = [_seconds() for _ in range(5)]
     wall, cpu = min(wall for wall, _ in runs), min(cpu for _, cpu in runs)  # other programs slow down either
     with capsys.disabled():
@@ -48,7 +48,7 @@ def test_the_coordinator_starts_quickly_and_without_torch(capsys: pytest.Capture
 
 
 def test_nothing_is_ever_pickled() -> None:
-    """Seen failing with `torch.save` in the worker and with `import pickle` in fedoap/tensors.py."""
+    """Would fail with `torch.save` in the worker and with `import pickle` in fedoap/tensors.py."""
     found = [f"{file.relative_to(ROOT)}:{line}: {what}" for file in _sources() for line, what in _pickling(file)]
 
     assert found == []

@@ -27,7 +27,7 @@ def test_every_make_target_that_the_pages_name_is_there() -> None:
 
 
 def test_the_walk_through_runs_as_printed_and_a_revoked_site_is_refused(tmp_path: Path) -> None:
-    """Seen failing with a site's name misspelt in one of the blocks."""
+    """Would fail with a site's name misspelt in one of the blocks."""
     setting, coordinator, first, second, use, revoke = _blocks()
     daemon = _shell(setting + "exec 2>&1\n" + coordinator.replace("\nfedoap-coord", "\nexec fedoap-coord"), tmp_path)
     try:

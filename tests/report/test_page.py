@@ -28,7 +28,7 @@ SITES = ("brain", "liver", "breast")
 
 
 def test_a_page_shows_every_site_and_needs_nothing_from_outside(tmp_path: Path) -> None:
-    """Seen failing with a style sheet linked from a server."""
+    """Would fail with a style sheet linked from a server."""
     page = _report(tmp_path, _results())
 
     for name in (*SITES, "lung"):
