@@ -56,7 +56,7 @@ def test_a_simulation_leaves_results_and_report_and_no_process(tmp_path: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_simulation_that_is_stopped_ends_everything_it_started(tmp_path: Path, number: signal.Signals) -> None:
-    """Seen failing for SIGKILL without the watcher and for SIGTERM without `termination_raises`."""
+    """Would fail for SIGKILL without the watcher and for SIGTERM without `termination_raises`."""
     simulation = subprocess.Popen([*_command(tmp_path), "--out", "run"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     _await(lambda: len(_running_in(tmp_path)) >= 4)
 
