@@ -1,0 +1,111 @@
+"""The public function: checks, autocast, choice of a backend.
+
+B batch, H heads, N queries, L local keys, M bank slots, D channels of a head.
+"""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fedoap.kernels import backend as backends
+from fedoap.kernels.backend import Backend
+from fedoap.kernels.dca import reference
+from fedoap.kernels.dca.checks import NAME, check_bias_and_gate, check_options, check_tokens
+from fedoap.kernels.dca.problem import AttentionMode, Precision, Problem
+
+
+@overload
+def decoupled_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, bank_k: Tensor, bank_v: Tensor, *,
+    slot_bias: Tensor | None = None, gate: Tensor | None = None, mode: AttentionMode = "joint",
+    scale: float | None = None, return_lse: Literal[False] = False, backend: Backend = "auto",
+    precision: Precision | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def decoupled_cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, bank_k: Tensor, bank_v: Tensor, *,
+    slot_bias: Tensor | None = None, gate: Tensor | None = None, mode: AttentionMode = "joint",
+    scale: float | None = None, return_lse: Literal[True], backend: Backend = "auto",
+    precision: Precision | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def decoupled_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bank_k: Tensor,
+    bank_v: Tensor,
+    *,
+    slot_bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    mode: AttentionMode = "joint",
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: Backend = "auto",
+    precision: Precision | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the attention of q to its image's tokens k, v and to the bank, in q's dtype and stride order.
+
+    Under autocast q, k, v and the bank are cast to autocast's dtype; bias and gate never are.
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H, L, D); L may be 0.
+        v: like k.
+        bank_k: (H, M, D); M may be 0.
+        bank_v: like bank_k.
+        slot_bias: (M,) or (H, M), added to the bank's logits; -inf takes a slot out.
+        gate: `gated` only: (H,), or whatever broadcasts to (B, H, N); factor of the bank's attention.
+        mode: one softmax (`joint`) or two (`gated`).
+        scale: factor of the products q k^T; 1 / sqrt(D) where not given.
+        return_lse: also return the natural log-sum-exp of the logits, differentiable, float32 (float64
+            for float64 inputs): (B, H, N), or (2, B, H, N) for local and bank where `gated`.
+        backend: `auto` or `eager`; this version has no Triton kernels.
+        precision: least precision of float32 products; the eager backend follows PyTorch's own setting
+            on an accelerator and takes none there.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit each other, or an option is unknown.
+        NotImplementedError: backend `triton`.
+    """
+    backends.choose(backend, NAME)
+    check_options(mode, gate, precision)
+    if precision is not None and q.device.type != "cpu":
+        raise ValueError(
+            f"{NAME}: precision is {precision!r}, but eager products on {q.device.type} follow PyTorch's setting"
+        )
+    tokens = _autocast(q, k, v, bank_k, bank_v)
+    check_tokens(*tokens)
+    check_bias_and_gate(tokens[0], tokens[3], slot_bias, gate)
+    problem = _problem(tokens, slot_bias, gate, scale, precision)
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = reference.attend(problem)
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the tokens in autocast's dtype where autocast is on."""
+    device = tokens[0].device.type
+    if torch.is_autocast_enabled(device):
+        tokens = tuple(x.to(torch.get_autocast_dtype(device)) for x in tokens)
+    q, k, v, bank_k, bank_v = tokens
+    return q, k, v, bank_k, bank_v
+
+
+def _problem(
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    slot_bias: Tensor | None,
+    gate: Tensor | None,
+    scale: float | None,
+    precision: Precision | None,
+) -> Problem:
+    """Return the call with bias and gate wide and of full shape, though not expanded in memory."""
+    (batch, heads, queries, channels), slots = tokens[0].shape, tokens[3].shape[1]
+    wide = torch.promote_types(tokens[0].dtype, torch.float32)
+    bias = None if slot_bias is None else slot_bias.to(wide).expand(heads, slots)
+    if gate is not None:
+        by_row = gate.view(1, heads, 1) if gate.shape == (heads,) else gate
+        gate = by_row.to(wide).expand(batch, heads, queries)
+    return Problem(*tokens, bias, gate, channels**-0.5 if scale is None else scale, precision or "ieee")
