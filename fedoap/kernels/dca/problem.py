@@ -64,6 +64,10 @@ class Attended:
     """Like `out`: the local part, kept where gated."""
     bank_out: Tensor | None = None
     """Like `out`: the bank's part before the gate, kept where gated."""
+    weights: Tensor | None = None
+    """The wide route's un-normalised weights, kept where they are no larger than q; see `wide_forward`."""
+    pivots: Tensor | None = None
+    """The base 2 logarithms that `weights` are relative to."""
 
 
 @dataclass(frozen=True, slots=True)
