@@ -106,8 +106,16 @@ def test_a_bank_is_nearly_silent_at_first_and_heard_once_its_gate_opens(attentio
         network.attention.gate.fill_(3.0)
         heard = network(image, bank())
 
-    assert (heard - without).norm() > 0.02 * without.norm()
+    assert (heard - without).norm() > 0.02 * (without - without.mean()).norm()
     assert (silent - without).norm() <= most * (heard - without).norm()
+
+
+def test_a_voxel_starts_as_unlikely_to_be_tumour_as_masks_make_it() -> None:
+    """Planted bug: the head's bias left as PyTorch draws it (p = 0.5)."""
+    with torch.no_grad():
+        probability = torch.sigmoid(FedOAPNet(config("joint"))(torch.randn(2, 1, 32, 32))).mean()
+
+    assert 0.05 < probability < 0.15
 
 
 @pytest.mark.parametrize("attention", ["joint", "gated"])
