@@ -192,8 +192,8 @@ class CoordinatorConfig(Frozen):
     """Where the coordinator listens and keeps its state."""
 
     bind: Endpoint = "tcp://0.0.0.0:7470"
-    advertise: Endpoint = "tcp://127.0.0.1:7470"
-    """Address that invitations name: what the sites can reach, which need not be `bind`."""
+    advertise: Endpoint | None = None
+    """Address that invitations name: what the sites can reach; `bind`, or this machine, where not given."""
     state: Path = Path("state")
     """Folder for keys, ledger and blobs; relative paths start at the file's folder."""
     uploads_at_once: Annotated[int, Field(ge=1)] = 8

@@ -16,7 +16,7 @@ from fedoap.errors import ConfigError, FedoapError
 from fedoap.identity import SECRET_BYTES, fingerprint
 from fedoap_coordinator import reports
 from fedoap_coordinator.enrolment import SECONDS_PER_HOUR, Enrolment, check_site
-from fedoap_coordinator.folder import Keys, open_ledger, prepare, running
+from fedoap_coordinator.folder import Keys, is_local, open_ledger, prepare, running
 from fedoap_coordinator.ledger import Ledger
 
 config_option = click.option(
@@ -58,6 +58,9 @@ def invite(context: click.Context, site: str, config_path: Path | None, valid_ho
             click.echo(f"{site} is enrolled already; joining with this token replaces its keys", err=True)
         expires = int(now + valid_hours * SECONDS_PER_HOUR)
         token = Enrolment(config, ledger, keys).invite(site, expires, now, os.urandom(SECRET_BYTES))
+    if config.coordinator.advertise is None and is_local(token.endpoint):
+        text = "only this machine reaches; set coordinator.advertise to the address that sites dial, and invite again"
+        click.echo(f"the token leads to {token.endpoint}, which {text}", err=True)
     click.echo(token.encode())
 
 

@@ -22,7 +22,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "task_opened": "round {round}: {kind} begins, attempt {attempt}",
     "task_closed": "round {round}: {kind} {outcome} after {seconds:.1f} s, {counted} updates",
     "site_joined": "{site} is here ({software})",
-    "site_progress": "{site}: round {round}, {stage} {step}/{steps}, loss {loss:.4f}, Dice {dice:.3f}",
+    "site_progress": "{site}: round {round}, {stage} {step}/{steps}, loss {loss:.4f}",
     "site_committed": "{site}: result of round {round} {kind} is safe, {bytes} bytes in {seconds:.1f} s",
     "site_failed": "{site} failed: {reason}",
     "site_silent": "{site} has gone silent",
@@ -61,10 +61,16 @@ def sentence(note: Note) -> str:
     pattern = SENTENCES.get(note.event)
     try:
         if pattern:
-            return pattern.format_map(note.fields)
+            return pattern.format_map(note.fields) + _dice(note)
     except (KeyError, ValueError):
         pass
     return " ".join([note.event, *(f"{name}={value}" for name, value in note.fields.items())])
+
+
+def _dice(note: Note) -> str:
+    """Return what progress says of Dice: nothing before the first look at the validation cases."""
+    dice = note.fields.get("dice")
+    return f", Dice {dice:.3f}" if isinstance(dice, float | int) and dice >= 0 else ""
 
 
 def waited_for(status: Status, wall: datetime) -> str:

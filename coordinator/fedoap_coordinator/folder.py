@@ -92,20 +92,33 @@ def running(state: Path) -> int | None:
 
 
 def invited_endpoint(config: CoordinatorConfig) -> str:
-    """Return the address that an invitation names: `advertise`, with the real port where `bind` leaves it open.
+    """Return the address that an invitation names, with the real port where `bind` leaves it open.
+
+    It is `advertise`, else `bind`; where that listens on every address, this machine's own, 127.0.0.1.
 
     Raises:
         ConfigError: the port is chosen at the start and the coordinator never started.
     """
+    address = config.advertise or _dialled(config.bind)
     if not config.bind.endswith(":*"):
-        return config.advertise
+        return address
     listening = read_endpoint(config.state)
     if listening is None:
         raise ConfigError(
             f"coordinator.bind is {config.bind}, whose port is chosen at the start: "
             "start the coordinator before you invite, or name a port"
         )
-    return re.sub(r":[^:]*$", f":{listening.rpartition(':')[2]}", config.advertise)
+    return re.sub(r":[^:]*$", f":{listening.rpartition(':')[2]}", address)
+
+
+def is_local(endpoint: str) -> bool:
+    """Return whether only processes on this machine reach the address."""
+    return re.match(r"tcp://(127\.|localhost:|\[::1\])", endpoint) is not None
+
+
+def _dialled(bind: str) -> str:
+    """Return an address that reaches what listens at `bind`."""
+    return re.sub(r"^tcp://(0\.0\.0\.0|\*|\[::\]):", "tcp://127.0.0.1:", bind)
 
 
 def read_endpoint(state: Path) -> str | None:

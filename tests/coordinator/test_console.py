@@ -25,9 +25,9 @@ def status(*sites: SiteStatus, reason: str = "") -> Status:
     return Status("waiting" if reason else "open", reason, "train", 3, 20, 1, 60.0, 3600.0, sites)
 
 
-def progress(step: int) -> Note:
+def progress(step: int, dice: float = 0.75) -> Note:
     fields: dict[str, str | int | float] = {"site": "hospital_a", "kind": "train", "round": 3, "stage": "train"}
-    return Note("site_progress", fields | {"step": step, "steps": 50, "loss": 0.5, "dice": 0.75})
+    return Note("site_progress", fields | {"step": step, "steps": 50, "loss": 0.5, "dice": dice})
 
 
 def test_who_is_waited_for_since_when_and_until_when() -> None:
@@ -40,6 +40,7 @@ def test_who_is_waited_for_since_when_and_until_when() -> None:
 def test_a_note_is_a_sentence_and_an_unknown_or_incomplete_one_is_still_shown() -> None:
     assert sentence(Note("ready", {"endpoint": "tcp://[::1]:7"})) == "ready tcp://[::1]:7"
     assert sentence(progress(20)) == "hospital_a: round 3, train 20/50, loss 0.5000, Dice 0.750"
+    assert sentence(progress(20, dice=-1.0)) == "hospital_a: round 3, train 20/50, loss 0.5000"
     assert sentence(Note("site_progress", {"site": "a"})) == "site_progress site=a"
     assert sentence(Note("novelty", {"x": 1})) == "novelty x=1"
 

@@ -57,8 +57,19 @@ def with_one_round(config: FederationConfig) -> None:
 def test_an_invitation_is_printed_alone_on_standard_output(fed_toml: Path) -> None:
     result = run(fed_toml, "invite", "hospital_a")
 
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
     assert len(result.stdout.split()) == 1
+
+
+@pytest.mark.parametrize(("address", "warned"), [("", True), ('coordinator.advertise = "tcp://127.0.0.1:7470"', False)])
+def test_a_token_that_only_this_machine_can_use_is_said_unless_it_was_asked_for(
+    fed_toml: Path, address: str, warned: bool
+) -> None:
+    fed_toml.write_text(FED_TOML + address)
+
+    message = run(fed_toml, "invite", "hospital_a").stderr
+
+    assert ("only this machine reaches; set coordinator.advertise" in message) == warned
 
 
 def test_the_configuration_may_be_named_before_or_after_the_command(fed_toml: Path) -> None:

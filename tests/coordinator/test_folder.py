@@ -71,6 +71,25 @@ def test_an_invitation_names_what_is_advertised_with_the_real_port(config: Feder
     assert invited_endpoint(fixed) == "tcp://fed.example.org:7470"
 
 
+@pytest.mark.parametrize(
+    ("bind", "invited"),
+    [
+        ("tcp://10.1.2.3:7000", "tcp://10.1.2.3:7000"),
+        ("tcp://0.0.0.0:7000", "tcp://127.0.0.1:7000"),
+        ("tcp://[::]:7000", "tcp://127.0.0.1:7000"),
+        ("tcp://*:7000", "tcp://127.0.0.1:7000"),
+        ("tcp://127.0.0.1:*", "tcp://127.0.0.1:4321"),
+    ],
+)
+def test_an_invitation_names_where_the_coordinator_listens_if_nothing_is_advertised(
+    config: FederationConfig, state: Path, bind: str, invited: str
+) -> None:
+    """Planted bug: port 7470 named whatever `bind` says."""
+    write_endpoint(state, "tcp://0.0.0.0:4321")
+
+    assert invited_endpoint(config.coordinator.model_copy(update={"bind": bind, "advertise": None})) == invited
+
+
 def test_a_plan_may_change_until_the_first_exchange_and_not_after(config: FederationConfig, ledger: Ledger) -> None:
     other = config.model_copy(update={"rounds": config.rounds.model_copy(update={"count": 7})})
     check_plan(ledger, config)
