@@ -1,7 +1,6 @@
 """The perturbed boundary loss against float64 arithmetic without autograd, and scipy's morphology."""
 
 import math
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -289,11 +288,3 @@ def test_bad_input_is_refused_in_one_line(wrong: dict[str, object], text: str) -
 
     assert text in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("backend", ["triton"])
-def test_triton_is_refused_in_this_version(backend: Literal["triton"]) -> None:
-    z, y = case((1, 1, 4, 4))
-
-    with pytest.raises(NotImplementedError, match="this version has only 'eager'"):
-        perturbed_boundary_loss(z, y, seed=1, backend=backend)

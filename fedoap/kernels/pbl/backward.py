@@ -1,0 +1,118 @@
+"""The loss's gradient in one pass, which finds region and noise again instead of having them stored.
+
+    dL/dz = (p - y) / V + p' (a - b y)     a = (2 sum p y + smooth) / (sum p + sum y + smooth)^2
+                                           b = 2 / (sum p + sum y + smooth)
+
+for clean logits and, on the region's voxels, for noisy ones; p' = p (1 - p), V voxels of a sample.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedoap.kernels.pbl.marching import march_of
+from fedoap.kernels.pbl.noise import noise
+from fedoap.kernels.pbl.problem import Recipe
+from fedoap.kernels.pbl.region import (
+    MARCHED,
+    MARKED,
+    as_scalar,
+    edge_of,
+    first_groups,
+    logistic,
+    plane_words,
+    region_of,
+    voxels_of,
+    widened,
+)
+from fedoap.kernels.pbl.tiles import Tiles
+
+
+@triton.jit
+def _factors(sums_ptr, grad_ptr, batch, volume, lam, smooth):
+    """Return a sample's 1 / V, a and b for clean logits and for noisy ones, times weight and incoming gradient."""
+    p, y, py = tl.load(sums_ptr), tl.load(sums_ptr + 1), tl.load(sums_ptr + 2)
+    lam, smooth = as_scalar(lam, p), as_scalar(smooth, p)
+    grad = tl.load(grad_ptr) / batch
+    clean, noisy = grad * (1.0 - lam), grad * lam
+    below = 1.0 / (p + y + smooth)
+    a = clean * (2.0 * py + smooth) * below * below
+    two = clean * 2.0 * below
+    py += tl.load(sums_ptr + 4)
+    below = 1.0 / (p + tl.load(sums_ptr + 3) + y + smooth)
+    noisy_a = noisy * (2.0 * py + smooth) * below * below
+    noisy_two = noisy * 2.0 * below
+    volume = volume.to(p.dtype)
+    return clean / volume, a, two, noisy / volume, noisy_a, noisy_two
+
+
+@triton.jit(do_not_specialize=["batch", "z_stride", "y_stride", "depth", "rows", "row_groups", "steps", "programs",
+                               "line"])  # fmt: skip
+def backward_kernel(
+    z_ptr, y_ptr, marks_ptr, seed_ptr, sums_ptr, grad_ptr, dz_ptr, batch,
+    z_stride, y_stride, depth, rows, row_groups, steps, programs, line,
+    threshold: tl.float64, sigma: tl.float64, lam: tl.float64, smooth: tl.float64,
+    REGION: tl.constexpr, EDGE: tl.constexpr, CROSS: tl.constexpr, TALL: tl.constexpr, VEC: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of one program's voxels; strides count groups, the gradient is dense."""
+    pid = tl.program_id(0)
+    b = (pid // programs).to(tl.int64)
+    z_ptr, y_ptr = z_ptr + b * z_stride * VEC, y_ptr + b * y_stride * VEC
+    total = depth.to(tl.int64) * rows * row_groups
+    dz_ptr += b * total * VEC
+    group, row, place, stride = first_groups(pid % programs, depth, rows, row_groups, steps, EDGE, LANES)
+    voxel = tl.arange(0, VEC)[None, :]
+    clean, a, two, noisy, noisy_a, noisy_two = _factors(sums_ptr + b * 5, grad_ptr, batch, total * VEC, lam, smooth)
+    threshold, sigma = as_scalar(threshold, clean), as_scalar(sigma, tl.zeros([1], tl.float32))
+    edge = tl.zeros([LANES], tl.int32)
+    if EDGE == MARCHED:
+        before = plane_words(z_ptr, group - stride, total, row, place, rows, row_groups, TALL, CROSS, VEC)[1]
+        near, far, z = plane_words(z_ptr, group, total, row, place, rows, row_groups, TALL, CROSS, VEC)
+    if EDGE == MARKED:
+        marks_ptr += (b * depth + group // stride) * rows * line + row * line + place * VEC // 32
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        exists = group < total
+        offset = (group * VEC)[:, None] + voxel
+        y_given = tl.load(y_ptr + offset, mask=exists[:, None], other=0)
+        if EDGE == MARCHED:
+            next_near, next_far, next_z = plane_words(
+                z_ptr, group + stride, total, row, place, rows, row_groups, TALL, CROSS, VEC
+            )
+            edge = edge_of(before | near | next_far)
+        else:
+            z = widened(tl.load(z_ptr + offset, mask=exists[:, None], other=0.0))
+        if EDGE == MARKED:
+            edge = tl.load(marks_ptr, mask=exists, other=0) >> (place * VEC % 32)
+            marks_ptr += rows * line
+        y = y_given.to(z.dtype)
+        word = region_of(z, y, y_given, edge, exists, threshold, REGION, VEC)
+        p, slope, _ = logistic(z)
+        dz = (p - y) * (clean + noisy) + slope * ((a + noisy_a) - (two + noisy_two) * y)
+        if tl.max(word, axis=0) > 0:
+            drawn = noise(seed_ptr, b * total + group, sigma, VEC).to(z.dtype)
+            noisy_p, noisy_slope, _ = logistic(z + drawn)
+            changed = (p - y) * clean + slope * (a - two * y)
+            changed += (noisy_p - y) * noisy + noisy_slope * (noisy_a - noisy_two * y)
+            dz = tl.where(voxels_of(word, VEC), changed, dz)
+        tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=exists[:, None])
+        group += stride
+        if EDGE == MARCHED:
+            before, near, far, z = far, next_near, next_far, next_z
+
+
+def backward(
+    grad: Tensor, logits: Tensor, target: Tensor, seed: Tensor, sums: Tensor, marks: Tensor, recipe: Recipe,
+    tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits, dense and in their dtype; `grad` is the loss's."""
+    march = march_of(logits, target, recipe, "backward", tiles)
+    dz = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    with torch.cuda.device_of(logits):
+        backward_kernel[(logits.shape[0] * march.programs,)](
+            march.logits, march.target, marks, seed, sums, grad, dz, logits.shape[0],
+            *march.sizes, march.threshold, recipe.sigma, recipe.lam, recipe.smooth, *march.variant, march.tiles.stages,
+            num_warps=march.tiles.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dz

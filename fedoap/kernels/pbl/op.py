@@ -1,0 +1,131 @@
+"""The kernels as operators of PyTorch: what they return, and how gradients pass through them.
+
+An operator takes a recipe's options one by one, as its schema demands. Triton is imported when one runs.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe, Region
+
+_Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Loss, each sample's clean loss, perturbed loss and voxels, then `sums` and `marks` of forward.Found."""
+
+
+def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> tuple[Tensor, BoundaryParts]:
+    """Return what `reference.loss_and_parts` does, of a batch that has voxels, by kernels."""
+    loss, clean, perturbed, voxels, _, _ = pbl_forward(logits, target, seed, *_options(recipe))
+    return loss, BoundaryParts(clean, perturbed, voxels)
+
+
+def perturb(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> Perturbed:
+    """Return what `reference.perturb` does, of a batch that has voxels, by a kernel."""
+    return Perturbed(*perturbed_boundary(logits, target, seed, *_options(recipe)))
+
+
+def _options(recipe: Recipe) -> tuple[str, int, str, float, float, float, float]:
+    return (recipe.region, recipe.radius, recipe.element, recipe.tau, recipe.sigma, recipe.lam, recipe.smooth)
+
+
+def _recipe(region: str, radius: int, element: str, tau: float, sigma: float, lam: float, smooth: float) -> Recipe:
+    # a schema knows no Literal; the public functions have checked the names
+    named: tuple[Region, Element] = (region, element)  # type: ignore[assignment]
+    return Recipe(named[0], radius, named[1], tau, sigma, lam, smooth)
+
+
+@torch.library.custom_op("fedoap::pbl_forward", mutates_args=())
+def pbl_forward(
+    logits: Tensor, target: Tensor, seed: Tensor, region: str, radius: int, element: str, tau: float, sigma: float,
+    lam: float, smooth: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss, its parts, and what the backward pass needs."""
+    from fedoap.kernels.pbl.forward import forward  # noqa: PLC0415
+
+    found = forward(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
+    return found.loss, found.clean, found.perturbed, found.voxels, found.sums, found.marks
+
+
+@pbl_forward.register_fake
+def _(
+    logits: Tensor, target: Tensor, seed: Tensor, region: str, radius: int, element: str, tau: float, sigma: float,
+    lam: float, smooth: float,
+) -> _Found:  # fmt: skip
+    batch, *planes, width = logits.shape[0], *logits.shape[2:]
+    lines = planes[0] if len(planes) == 1 else planes[0] * planes[1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    loss, clean, noisy, sums = (logits.new_empty(shape, dtype=dtype) for shape in ((), batch, batch, (batch, 5)))
+    marked = _recipe(region, radius, element, tau, sigma, lam, smooth).marked
+    marks = logits.new_empty((batch, lines, (width + 31) // 32) if marked else 0, dtype=torch.int32)
+    return loss, clean, noisy, logits.new_empty(batch, dtype=torch.int64), sums, marks
+
+
+@torch.library.custom_op("fedoap::pbl_backward", mutates_args=())
+def pbl_backward(
+    grad: Tensor, logits: Tensor, target: Tensor, seed: Tensor, sums: Tensor, marks: Tensor, region: str, radius: int,
+    element: str, tau: float, sigma: float, lam: float, smooth: float,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the logits; it has no derivative itself."""
+    from fedoap.kernels.pbl.backward import backward  # noqa: PLC0415
+
+    recipe = _recipe(region, radius, element, tau, sigma, lam, smooth)
+    return backward(grad, logits, target, seed, sums, marks, recipe)
+
+
+@pbl_backward.register_fake
+def _(
+    grad: Tensor, logits: Tensor, target: Tensor, seed: Tensor, sums: Tensor, marks: Tensor, region: str, radius: int,
+    element: str, tau: float, sigma: float, lam: float, smooth: float,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape)
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: Sequence[object], output: _Found) -> None:
+    logits, target, seed, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(logits, target, seed, *output[4:])  # type: ignore[arg-type]
+    ctx.options = options  # type: ignore[attr-defined]
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    dz = None if grad is None else pbl_backward(grad, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
+    return (dz, *(None,) * 9)
+
+
+pbl_forward.register_autograd(_gradient, setup_context=_keep)
+
+
+@torch.library.custom_op("fedoap::perturbed_boundary", mutates_args=())
+def perturbed_boundary(
+    logits: Tensor, target: Tensor, seed: Tensor, region: str, radius: int, element: str, tau: float, sigma: float,
+    lam: float, smooth: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the region and the perturbed logits, whose gradient is that of the logits."""
+    from fedoap.kernels.pbl.extraction import extract  # noqa: PLC0415
+
+    return extract(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
+
+
+@perturbed_boundary.register_fake
+def _(
+    logits: Tensor, target: Tensor, seed: Tensor, region: str, radius: int, element: str, tau: float, sigma: float,
+    lam: float, smooth: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty(logits.shape, dtype=torch.bool), logits.new_empty(logits.shape, dtype=dtype)
+
+
+def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: Sequence[object], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[0])
+    ctx.dtype = inputs[0].dtype  # type: ignore[attr-defined]
+
+
+def _pass_on(ctx: torch.autograd.function.FunctionCtx, _: object, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (None if grad is None else grad.to(ctx.dtype), *(None,) * 9)  # type: ignore[attr-defined]
+
+
+perturbed_boundary.register_autograd(_pass_on, setup_context=_remember)
