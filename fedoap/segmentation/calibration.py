@@ -36,8 +36,8 @@ def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[Fe
     """
     network = copy.deepcopy(model.personal)
     metrics = {
-        "dice_test_before": _test(network, bank, place)["dice_test"],
-        "dice_test_shared": _test(model.shared, bank, place)["dice_test"],
+        "dice_test_before": _test_dice(network, bank, place),
+        "dice_test_shared": _test_dice(model.shared, bank, place),
         "steps": float(place.plan.calibration.steps),
     }
     first, steps = _round_steps(place), place.plan.calibration.steps
@@ -155,6 +155,14 @@ def _test(network: FedOAPNet, bank: Bank | None, place: Workplace) -> Metrics:
     cases = prepared_cases(place.test, place.data, place.plan, place.cache)
     mean = evaluate(Predictor(place.plan, network, bank, place.device), cases).mean
     return {"dice_test": mean.dice, "iou_test": mean.iou, "hd95_test": mean.hd95, "nsd_test": mean.nsd}
+
+
+def _test_dice(network: FedOAPNet, bank: Bank | None, place: Workplace) -> float:
+    """Return the mean Dice on the test cases, on the files' grids; of no process but the leading one."""
+    if not place.leads:
+        return -1.0
+    cases = prepared_cases(place.test, place.data, place.plan, place.cache)
+    return mean_dice(Predictor(place.plan, network, bank, place.device), cases, grid="file")
 
 
 def _calibration_rate(place: Workplace) -> Callable[[int], float]:

@@ -98,8 +98,10 @@ def evaluate(
     return Evaluation(tuple(rows), _mean(rows), unit, tolerance, grid)
 
 
-def mean_dice(predict: Predict, cases: Sequence[PreparedCase], *, batch_size: int = 8) -> float:
-    """Return the mean Dice on the network's grid, at next to no cost: for looking in while training.
+def mean_dice(
+    predict: Predict, cases: Sequence[PreparedCase], *, grid: Where = "network", batch_size: int = 8
+) -> float:
+    """Return the mean Dice without the distances, which cost most of what `evaluate` does.
 
     Raises:
         DataError: there is no case, or one has no mask.
@@ -108,7 +110,7 @@ def mean_dice(predict: Predict, cases: Sequence[PreparedCase], *, batch_size: in
         raise DataError("evaluation: no case, but at least one is needed")
     values = []
     for case, probability in zip(cases, probabilities(predict, cases, batch_size), strict=True):
-        predicted, expected = probability >= 0.5, _label(case) > 0
+        predicted, expected = (mask > 0 for mask in _masks(case, probability, grid))
         total = int(predicted.sum()) + int(expected.sum())
         values.append(2 * int((predicted & expected).sum()) / total if total else 1.0)
     return math.fsum(values) / len(values)

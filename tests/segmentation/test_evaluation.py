@@ -148,6 +148,8 @@ def test_the_files_grid_is_finer_than_the_networks(tmp_path: Path) -> None:
 
     assert 0.9 < found.mean.dice < 1
     assert found.mean.hd95 <= 2.5
+    assert mean_dice(bright, prepared, grid="file") == pytest.approx(found.mean.dice)
+    assert mean_dice(bright, prepared) == 1.0
 
 
 def test_an_evaluation_becomes_json(tmp_path: Path) -> None:
