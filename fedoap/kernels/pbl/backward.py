@@ -30,6 +30,13 @@ from fedoap.kernels.pbl.tiles import Tiles
 
 
 @triton.jit
+def _miss(z, y):
+    """Return sigmoid(z) - y, right in relation to its size, and the sigmoid's slope."""
+    _, smaller, slope, _ = logistic(z)
+    return tl.where(z >= 0, (1.0 - y) - smaller, smaller - y), slope
+
+
+@triton.jit
 def _factors(sums_ptr, grad_ptr, batch, volume, lam, smooth):
     """Return a sample's 1 / V, a and b for clean logits and for noisy ones, times weight and incoming gradient."""
     p, y, py = tl.load(sums_ptr), tl.load(sums_ptr + 1), tl.load(sums_ptr + 2)
@@ -88,13 +95,13 @@ def backward_kernel(
             marks_ptr += rows * line
         y = y_given.to(z.dtype)
         word = region_of(z, y, y_given, edge, exists, threshold, REGION, VEC)
-        p, slope, _ = logistic(z)
-        dz = (p - y) * (clean + noisy) + slope * ((a + noisy_a) - (two + noisy_two) * y)
+        miss, slope = _miss(z, y)
+        dz = miss * (clean + noisy) + slope * ((a + noisy_a) - (two + noisy_two) * y)
         if tl.max(word, axis=0) > 0:
             drawn = noise(seed_ptr, b * total + group, sigma, VEC).to(z.dtype)
-            noisy_p, noisy_slope, _ = logistic(z + drawn)
-            changed = (p - y) * clean + slope * (a - two * y)
-            changed += (noisy_p - y) * noisy + noisy_slope * (noisy_a - noisy_two * y)
+            noisy_miss, noisy_slope = _miss(z + drawn, y)
+            changed = miss * clean + slope * (a - two * y)
+            changed += noisy_miss * noisy + noisy_slope * (noisy_a - noisy_two * y)
             dz = tl.where(voxels_of(word, VEC), changed, dz)
         tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=exists[:, None])
         group += stride

@@ -70,8 +70,9 @@ def unsupported(logits: Tensor, target: Tensor) -> str | None:
 
 
 def _check_values(target: Tensor) -> None:
-    # reading values from elsewhere would wait for it
-    if target.dtype == torch.bool or target.numel() == 0 or target.device.type != "cpu":
+    if target.dtype == torch.bool or target.numel() == 0:
+        return
+    if target.device.type != "cpu" or torch.compiler.is_compiling():  # reading values would wait or break the graph
         return
     low, high = (float(value) for value in target.aminmax())
     if not (low >= 0 and high <= 1):  # also refuses NaN

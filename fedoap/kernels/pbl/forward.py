@@ -51,7 +51,7 @@ class Found:
 @triton.jit
 def _terms(z, y):
     """Return BCE and sigmoid."""
-    p, _, e = logistic(z)
+    p, _, _, e = logistic(z)
     if z.dtype == tl.float64:
         soft = tl.log(1.0 + e)
     else:
@@ -147,7 +147,7 @@ def _column(partial_ptr, index, mask):
 
 @triton.jit
 def _sample_loss(bce, p, y, py, volume, smooth):
-    return bce / volume + 1.0 - (2.0 * py + smooth) / (p + y + smooth)
+    return bce / volume + (1.0 - (2.0 * py + smooth) / (p + y + smooth))
 
 
 @triton.jit(do_not_specialize=["batch", "programs", "volume"])

@@ -4,7 +4,7 @@ An operator takes a recipe's options one by one, as its schema demands. Triton i
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe)
 
 def perturb(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> Perturbed:
     """Return what `reference.perturb` does, of a batch that has voxels, by a kernel."""
-    return Perturbed(*perturbed_boundary(logits, target, seed, *_options(recipe)))
+    noisy, region = perturbed_boundary(logits, target, seed, *_options(recipe))
+    return Perturbed(region, noisy)
 
 
 def _options(recipe: Recipe) -> tuple[str, int, str, float, float, float, float]:
@@ -32,8 +33,7 @@ def _options(recipe: Recipe) -> tuple[str, int, str, float, float, float, float]
 
 def _recipe(region: str, radius: int, element: str, tau: float, sigma: float, lam: float, smooth: float) -> Recipe:
     # a schema knows no Literal; the public functions have checked the names
-    named: tuple[Region, Element] = (region, element)  # type: ignore[assignment]
-    return Recipe(named[0], radius, named[1], tau, sigma, lam, smooth)
+    return Recipe(cast("Region", region), radius, cast("Element", element), tau, sigma, lam, smooth)
 
 
 @torch.library.custom_op("fedoap::pbl_forward", mutates_args=())
@@ -103,10 +103,11 @@ def perturbed_boundary(
     logits: Tensor, target: Tensor, seed: Tensor, region: str, radius: int, element: str, tau: float, sigma: float,
     lam: float, smooth: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the region and the perturbed logits, whose gradient is that of the logits."""
+    """Return the perturbed logits, whose gradient is that of the logits, and the region."""
     from fedoap.kernels.pbl.extraction import extract  # noqa: PLC0415
 
-    return extract(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
+    found, noisy = extract(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
+    return noisy, found
 
 
 @perturbed_boundary.register_fake
@@ -115,16 +116,16 @@ def _(
     lam: float, smooth: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty(logits.shape, dtype=torch.bool), logits.new_empty(logits.shape, dtype=dtype)
+    return logits.new_empty(logits.shape, dtype=dtype), logits.new_empty(logits.shape, dtype=torch.bool)
 
 
 def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: Sequence[object], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[0])
+    ctx.mark_non_differentiable(output[1])
     ctx.dtype = inputs[0].dtype  # type: ignore[attr-defined]
 
 
-def _pass_on(ctx: torch.autograd.function.FunctionCtx, _: object, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _pass_on(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, _: object) -> tuple[Tensor | None, ...]:
     return (None if grad is None else grad.to(ctx.dtype), *(None,) * 9)  # type: ignore[attr-defined]
 
 

@@ -92,4 +92,4 @@ def _sample_losses(z: Tensor, y: Tensor, smooth: float) -> Tensor:
     p = torch.sigmoid(z)
     bce = F.binary_cross_entropy_with_logits(z, y, reduction="none").mean(1)
     dice = (2 * (p * y).sum(1) + smooth) / (p.sum(1) + y.sum(1) + smooth)
-    return bce + 1 - dice
+    return bce + (1 - dice)

@@ -123,7 +123,8 @@ def voxels_of(word, VEC: tl.constexpr):
 
 @triton.jit
 def logistic(z):
-    """Return sigmoid(z), its slope, and exp(-|z|)."""
+    """Return sigmoid(z), the smaller of it and 1 minus it, its slope, and exp(-|z|)."""
     e = tl.exp(-tl.abs(z))
-    r = 1.0 / (1.0 + e)
-    return tl.where(z >= 0, r, e * r), e * r * r, e
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(z >= 0, larger, smaller), smaller, smaller * larger, e

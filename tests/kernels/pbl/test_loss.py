@@ -7,77 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy import ndimage
 from torch import Tensor
 
+from boundary_by_hand import band_by_scipy, by_hand, case, region_by_hand
 from fedoap.kernels import Element, Region, perturbed_boundary, perturbed_boundary_loss
 from fedoap.kernels.philox import normal
 
-Array = NDArray[np.float64]
 SHAPES = [(1, 1, 1, 1), (3, 1, 9, 7), (2, 1, 32, 33), (2, 1, 5, 6, 7)]
 REGIONS: tuple[Region, ...] = ("error", "band", "both")
 ELEMENTS: tuple[Element, ...] = ("square", "cross")
-
-
-def case(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return smooth random logits, strong enough for tau = 0.75, and a yes-or-no target."""
-    random = np.random.default_rng(sum(shape))
-    sigma = (0, 0, *[1.0] * (len(shape) - 2))
-    z, y = (ndimage.gaussian_filter(random.normal(size=shape), sigma) for _ in range(2))
-    z = 6 * z / max(float(np.abs(z).max()), 1e-9)
-    return torch.from_numpy(z).to(dtype), torch.from_numpy(y > 0)
-
-
-def band_by_scipy(mask: NDArray[np.bool_], radius: int, element: Element) -> NDArray[np.bool_]:
-    """Return dilation minus erosion of each sample, voxels outside the image left out of every window."""
-    dimensions = mask.ndim - 2
-    window = ndimage.iterate_structure(
-        ndimage.generate_binary_structure(dimensions, dimensions if element == "square" else 1), radius
-    )
-    band = np.zeros_like(mask)
-    for b in range(mask.shape[0]):
-        grown = ndimage.binary_dilation(mask[b, 0], window, border_value=0)
-        shrunk = ndimage.binary_erosion(mask[b, 0], window, border_value=1)
-        band[b, 0] = grown & ~shrunk
-    return band
-
-
-def by_hand(
-    z: Tensor, y: Tensor, region: NDArray[np.bool_], *, seed: int, sigma: float, lam: float, smooth: float = 1e-5
-) -> tuple[float, Array]:
-    """Return loss and gradient with respect to the logits, from the formulas, in float64."""
-    clean, target = z.double().numpy(), y.double().numpy()
-    noise = normal(torch.tensor(seed), torch.arange(z.numel())).double().numpy().reshape(clean.shape)
-    loss, gradient = 0.0, np.zeros_like(clean)
-    for weight, logits in ((1 - lam, clean), (lam, clean + sigma * noise * region)):
-        for b in range(len(clean)):
-            value, slope = _sample(logits[b], target[b], smooth)
-            loss += weight * value / len(clean)
-            gradient[b] += weight * slope / len(clean)
-    return loss, gradient
-
-
-def _sample(z: Array, y: Array, smooth: float) -> tuple[float, Array]:
-    p = 1 / (1 + np.exp(-z))
-    bce = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
-    top, bottom = 2 * (p * y).sum() + smooth, p.sum() + y.sum() + smooth
-    slope = (p - y) / z.size + (top / bottom - 2 * y) / bottom * p * (1 - p)
-    return float(bce + 1 - top / bottom), slope
-
-
-def region_by_hand(z: Tensor, y: Tensor, region: Region, radius: int = 1) -> NDArray[np.bool_]:
-    """Return where noise belongs for a square window and tau = 0.75."""
-    logits = z.double().numpy()
-    error: NDArray[np.bool_] = np.abs(1 / (1 + np.exp(-logits)) - y.double().numpy()) > 0.75
-    band = band_by_scipy(logits > 0, radius, "square")
-    match region:
-        case "error":
-            return error
-        case "band":
-            return band
-        case "both":
-            return error & band
 
 
 @pytest.mark.parametrize("shape", SHAPES)
