@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedoap.kernels import backend as backends
 from fedoap.kernels.backend import Backend
-from fedoap.kernels.dca import reference
-from fedoap.kernels.dca.checks import NAME, check_bias_and_gate, check_options, check_tokens
+from fedoap.kernels.dca import op, reference
+from fedoap.kernels.dca.checks import NAME, check_bias_and_gate, check_eager_precision, check_options, check_tokens
 from fedoap.kernels.dca.problem import AttentionMode, Precision, Problem
 
 
@@ -62,27 +62,53 @@ def decoupled_cross_attention(
         scale: factor of the products q k^T; 1 / sqrt(D) where not given.
         return_lse: also return the natural log-sum-exp of the logits, differentiable, float32 (float64
             for float64 inputs): (B, H, N), or (2, B, H, N) for local and bank where `gated`.
-        backend: `auto` or `eager`; this version has no Triton kernels.
-        precision: least precision of float32 products; the eager backend follows PyTorch's own setting
-            on an accelerator and takes none there.
+        backend: `triton`, `eager`, or `auto`: Triton on a GPU unless FEDOAP_KERNELS says otherwise.
+        precision: least precision of float32 products; where not given, what
+            `torch.backends.cuda.matmul.fp32_precision` allows, and nothing less than `tf32x3` unless that
+            is tf32. The eager backend follows that setting on a GPU and takes no precision there.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit each other, or an option is unknown.
-        NotImplementedError: backend `triton`.
+        ValueError: shapes, dtypes or devices do not fit each other, an option is unknown, or backend is
+            `triton` and cannot run.
     """
-    backends.choose(backend, NAME)
     check_options(mode, gate, precision)
-    if precision is not None and q.device.type != "cpu":
-        raise ValueError(
-            f"{NAME}: precision is {precision!r}, but eager products on {q.device.type} follow PyTorch's setting"
-        )
     tokens = _autocast(q, k, v, bank_k, bank_v)
     check_tokens(*tokens)
     check_bias_and_gate(tokens[0], tokens[3], slot_bias, gate)
-    problem = _problem(tokens, slot_bias, gate, scale, precision)
-    with torch.autocast(q.device.type, enabled=False):
-        out, lse = reference.attend(problem)
+    chosen = backends.choose(backend, NAME, q.device, _unsupported(tokens[0]))
+    if chosen == "eager":
+        check_eager_precision(q, precision)
+    problem = _problem(tokens, slot_bias, gate, scale, _precision(tokens[0], precision))
+    if chosen == "triton":
+        out, lse = op.attend(problem)
+    else:
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attend(problem)
     return (out, lse) if return_lse else out
+
+
+def _unsupported(q: Tensor) -> str | None:
+    """Return what keeps kernels from these tokens, or None."""
+    if q.shape[3] == 0:
+        return "q has no channels"
+    # interpreted kernels take float64, for checking gradients
+    return "q is torch.float64" if q.dtype == torch.float64 and q.device.type != "cpu" else None
+
+
+def _precision(q: Tensor, precision: Precision | None) -> Precision:
+    """Return the precision of products: what is asked for, else what PyTorch is set to."""
+    if q.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"  # AMD's products know nothing between tf32 of some cards and this
+    if precision is not None:
+        return precision
+    return "tf32" if _allows_tf32() else "tf32x3"
+
+
+def _allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # reading the older setting raises once the newer one is set
+    newer: str | None = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
 def _autocast(*tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -99,7 +125,7 @@ def _problem(
     slot_bias: Tensor | None,
     gate: Tensor | None,
     scale: float | None,
-    precision: Precision | None,
+    precision: Precision,
 ) -> Problem:
     """Return the call with bias and gate wide and of full shape, though not expanded in memory."""
     (batch, heads, queries, channels), slots = tokens[0].shape, tokens[3].shape[1]
@@ -108,4 +134,4 @@ def _problem(
     if gate is not None:
         by_row = gate.view(1, heads, 1) if gate.shape == (heads,) else gate
         gate = by_row.to(wide).expand(batch, heads, queries)
-    return Problem(*tokens, bias, gate, channels**-0.5 if scale is None else scale, precision or "ieee")
+    return Problem(*tokens, bias, gate, channels**-0.5 if scale is None else scale, precision)

@@ -25,6 +25,18 @@ def check_options(mode: AttentionMode, gate: Tensor | None, precision: Precision
         raise ValueError(f"{NAME}: precision is {precision!r}, but must be one of {', '.join(get_args(Precision))}")
 
 
+def check_eager_precision(q: Tensor, precision: Precision | None) -> None:
+    """Refuse a precision where the eager backend cannot keep it.
+
+    Raises:
+        ValueError: one is given for an accelerator, where products follow PyTorch's setting.
+    """
+    if precision is not None and q.device.type != "cpu":
+        raise ValueError(
+            f"{NAME}: precision is {precision!r}, but eager products on {q.device.type} follow PyTorch's setting"
+        )
+
+
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, bank_k: Tensor, bank_v: Tensor) -> None:
     """Refuse tokens whose shapes, dtypes or devices do not fit each other.
 

@@ -51,6 +51,11 @@ class Problem:
         """The dtype of sums, log-sum-exp, bias and gate."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
+    @property
+    def product_precision(self) -> Precision:
+        """What Triton's products take as `input_precision`."""
+        return self.precision if self.q.dtype == torch.float32 else "ieee"
+
 
 @dataclass(frozen=True, slots=True)
 class Attended:
@@ -96,18 +101,43 @@ class Gradients:
     gate: Tensor | None = None
 
 
+def dense_like(x: Tensor) -> Tensor:
+    """Return new memory of x's shape, in the order of x's strides, its last axis innermost."""
+    # an axis expanded from 1 has stride 0, yet must not lie inside of the last one
+    strides = x.stride()
+    order = [*sorted(range(x.dim() - 1), key=lambda axis: -strides[axis]), x.dim() - 1]
+    dense = x.new_empty([x.shape[axis] for axis in order])
+    return dense.permute([order.index(axis) for axis in range(x.dim())])
+
+
 def ordered_like(x: Tensor, like: Tensor) -> Tensor:
     """Return x laid out in memory in the order of `like`'s strides, so that views of q work on the result."""
-    order = memory_order(like)
-    return x.permute(order).contiguous().permute(inverse(order))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda axis: -strides[axis])
+    return x.permute(order).contiguous().permute([order.index(axis) for axis in range(like.dim())])
 
 
-def memory_order(x: Tensor) -> list[int]:
-    """Return the axes of x from the largest stride to the smallest, ties in their own order."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda axis: -strides[axis])
+def unfilled(problem: Problem) -> Attended:
+    """Return the tensors of a result, not filled; where gated, both parts too."""
+    q = problem.q
+    if problem.gate is None:
+        return Attended(dense_like(q), q.new_empty(q.shape[:3], dtype=problem.wide))
+    lse = q.new_empty((2, *q.shape[:3]), dtype=problem.wide)
+    return Attended(dense_like(q), lse, dense_like(q), dense_like(q))
 
 
-def inverse(order: list[int]) -> list[int]:
-    """Return the permutation that undoes `order`."""
-    return [order.index(axis) for axis in range(len(order))]
+def unfilled_gradients(problem: Problem, wanted: Wanted) -> Gradients:
+    """Return the tensors of the wanted gradients, not filled: tokens in the order of their strides."""
+
+    def empty(x: Tensor | None, want: bool) -> Tensor | None:
+        return x.new_empty(x.shape) if want and x is not None else None
+
+    return Gradients(
+        dense_like(problem.q) if wanted.q else None,
+        dense_like(problem.k) if wanted.k else None,
+        dense_like(problem.v) if wanted.v else None,
+        empty(problem.bank_k, wanted.bank_k),
+        empty(problem.bank_v, wanted.bank_v),
+        empty(problem.bias, wanted.bias),
+        empty(problem.gate, wanted.gate),
+    )

@@ -364,10 +364,3 @@ def test_bad_input_is_refused_in_one_line(wrong: dict[str, object], text: str) -
 
     assert text in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_triton_is_refused_in_this_version() -> None:
-    x, bank = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 8)
-
-    with pytest.raises(NotImplementedError, match="this version has only 'eager'"):
-        decoupled_cross_attention(x, x, x, bank, bank, backend="triton")
