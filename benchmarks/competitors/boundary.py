@@ -65,6 +65,13 @@ class Boundary:
         logits = 4 * (y + 0.3 * change) / y.std()
         return cls(shape, logits.to(dtype).requires_grad_(), (y > 0).to(torch.uint8), torch.tensor(1, device=device))
 
+    @classmethod
+    def blank(cls, shape: ImageShape, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return zeros."""
+        logits = torch.zeros(shape.size, dtype=dtype, device=device, requires_grad=True)
+        target = torch.zeros(shape.size, dtype=torch.uint8, device=device)
+        return cls(shape, logits, target, torch.tensor(1, device=device))
+
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
