@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedoap.kernels.dca.problem import Attended, Gradients, Problem, Wanted
-from fedoap.kernels.dca.wide_chunks import Backward, chunks, dense_like, inner_contiguous
+from fedoap.kernels.dca.problem import Attended, Gradients, Problem, Wanted, unfilled_gradients
+from fedoap.kernels.dca.wide_chunks import Backward, chunks, inner_contiguous
 from fedoap.kernels.dca.wide_contract import column_sum, contract
 from fedoap.kernels.dca.wide_forward import LOG2E, base2_logits, logits_tile, rounded
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision, tiles_for
@@ -47,7 +47,7 @@ def delta_kernel(
     dout_b, dout_h, dout_n, out_b, out_h, out_n, gate_b, gate_h, gate_n, heads, rows, lse_s,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write delta (S, B, H, N) and the gate's gradient (B, H, N); where gated, `out` is its local part."""
+    """Write delta (S, B, H, N) and, where wanted, the gate's gradient (B, H, N); gated, `out` is its local part."""
     WIDE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     blocks = tl.cdiv(rows, ROWS)
     bh = (tl.program_id(0) // blocks).to(tl.int64)
@@ -63,7 +63,8 @@ def delta_kernel(
     tl.store(delta_ptr + at, delta, mask=live)
     if gate_ptr is not None:
         dgate = _row_products(dout_at, bank_out_ptr + out_at, row, rows, D, ROWS, COLUMNS, WIDE)
-        tl.store(dgate_ptr + at, dgate, mask=live)
+        if dgate_ptr is not None:
+            tl.store(dgate_ptr + at, dgate, mask=live)
         gate_at = gate_ptr + b * gate_b + h * gate_h + row.to(tl.int64) * gate_n
         delta = dgate * tl.load(gate_at, mask=live, other=0.0)
         if dlse_ptr is not None:
@@ -148,29 +149,22 @@ def backward(
     """Return the gradients of sum(out * dout) + sum(lse * dlse) that are wanted."""
     tiles = tiles or tiles_for(problem)
     dout = inner_contiguous(dout)
-    delta, dgate = _delta(problem, attended, dout, dlse)
-    gradients = Gradients(
-        q=dense_like(problem.q) if wanted.q else None,
-        k=dense_like(problem.k) if wanted.k else None,
-        v=dense_like(problem.v) if wanted.v else None,
-        bank_k=dense_like(problem.bank_k) if wanted.bank_k else None,
-        bank_v=dense_like(problem.bank_v) if wanted.bank_v else None,
-        gate=dgate if wanted.gate else None,
-    )
-    if not any((wanted.q, wanted.k, wanted.v, wanted.bank_k, wanted.bank_v, wanted.bias)):
-        return gradients
-    column_sums = _fill(problem, attended, dout, delta, gradients, wanted.bias, tiles)
-    return gradients if column_sums is None else replace(gradients, bias=column_sum(column_sums))
+    gradients = unfilled_gradients(problem, wanted)
+    delta = _delta(problem, attended, dout, dlse, gradients.gate)
+    if any((wanted.q, wanted.k, wanted.v, wanted.bank_k, wanted.bank_v, wanted.bias)):
+        _fill(Backward(problem, attended, dout, delta, gradients), tiles)
+    return gradients
 
 
-def _delta(problem: Problem, attended: Attended, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return delta, shaped like the log-sum-exp, and the gate's gradient."""
+def _delta(
+    problem: Problem, attended: Attended, dout: Tensor, dlse: Tensor | None, dgate: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Return delta, shaped like the log-sum-exp; fill the gate's gradient."""
     batch, heads, queries, _, _, channels = problem.sizes
     gate, lse = problem.gate, attended.lse
     out = attended.out if gate is None else attended.local_out
     assert out is not None
     delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-    dgate = None if gate is None else torch.empty(lse.shape[1:], dtype=lse.dtype, device=lse.device)
     rows, columns = 16, max(16, min(256, triton.next_power_of_2(channels)))
     delta_kernel[(triton.cdiv(queries, rows) * batch * heads,)](
         dout, out, attended.bank_out, gate, None if dlse is None else dlse.contiguous(), delta, dgate,
@@ -178,32 +172,29 @@ def _delta(problem: Problem, attended: Attended, dout: Tensor, dlse: Tensor | No
         heads, queries, batch * heads * queries,
         D=channels, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
-    return delta, dgate
+    return delta
 
 
-def _fill(
-    problem: Problem, attended: Attended, dout: Tensor, delta: Tensor, gradients: Gradients, of_bias: bool,
-    tiles: Tiles,
-) -> Tensor | None:  # fmt: skip
-    """Fill the gradients of the tokens; return the column sums (B, blocks, H, M) where asked for."""
+def _fill(whole: Backward, tiles: Tiles) -> None:
+    """Fill the gradients of tokens and bias."""
+    problem, device = whole.problem, whole.dout.device
     batch, heads, queries, length, slots, channels = problem.sizes
     row_bytes = 2 * tiles.width(length, slots) * problem.q.element_size()
     parts = list(chunks(problem, row_bytes, tiles.workspace, tiles.block))
-    pair, block_rows = 2 if len(parts) > 1 else 0, tiles.slopes.rows
-
-    def wide(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=problem.wide, device=dout.device)
-
-    whole = Backward(
-        problem, attended, dout, delta, gradients,
-        column_sums=wide(batch, triton.cdiv(queries, block_rows), heads, slots) if of_bias else None,
-        local_sum=wide(pair, length, channels), bank_sum=wide(pair, heads, slots, channels),
-    )  # fmt: skip
+    block_rows = tiles.slopes.rows
+    if (of_bias := whole.gradients.bias) is not None:
+        shape = batch, triton.cdiv(queries, block_rows), heads, slots
+        whole = replace(whole, column_sums=torch.empty(shape, dtype=problem.wide, device=device))
+    if len(parts) > 1:
+        local_sum = torch.empty((2, length, channels), dtype=problem.wide, device=device)
+        bank_sum = torch.empty((2, heads, slots, channels), dtype=problem.wide, device=device)
+        whole = replace(whole, local_sum=local_sum, bank_sum=bank_sum)
     for chunk in parts:
         part = chunk.backward(whole, block_rows)
         slopes, weights = _slopes(part, tiles)
         contract(part, slopes, weights, chunk.phase(problem), tiles)
-    return whole.column_sums
+    if of_bias is not None and whole.column_sums is not None:
+        column_sum(whole.column_sums, of_bias)
 
 
 def _slopes(part: Backward, tiles: Tiles) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,6 @@ B batch, H heads, N queries, L local keys, M bank slots, D channels of a head.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from fedoap.kernels.dca.problem import Attended, Gradients, Problem
@@ -23,11 +22,11 @@ class Backward:
     delta: Tensor
     """Like the log-sum-exp."""
     gradients: Gradients
-    column_sums: Tensor | None
+    column_sums: Tensor | None = None
     """(B, blocks of rows, H, M): sums of slopes over each block, where the bias wants a gradient."""
-    local_sum: Tensor
-    """(2, L, D) wide: sums for k and v that go on in the next chunk; empty where there is one chunk only."""
-    bank_sum: Tensor
+    local_sum: Tensor | None = None
+    """(2, L, D) wide: sums for k and v that go on in the next chunk, where there is one."""
+    bank_sum: Tensor | None = None
     """(2, H, M, D): likewise for the bank."""
 
 
@@ -97,7 +96,7 @@ class Chunk:
             ),
             None if columns is None else columns[self.batch, blocks, self.heads],
             whole.local_sum,
-            self.bank(whole.bank_sum),
+            None if whole.bank_sum is None else self.bank(whole.bank_sum),
         )
 
     def phase(self, whole: Problem) -> int:
@@ -133,15 +132,6 @@ def chunks(problem: Problem, row_bytes: int, limit: int, block: int) -> Iterator
 def _slices(count: int, step: int) -> Iterator[slice]:
     # a batch of nothing is one part too: the bank's gradients are then 0, which somebody has to write
     return (slice(start, min(start + step, count)) for start in range(0, max(1, count), max(1, step)))
-
-
-def dense_like(x: Tensor) -> Tensor:
-    """Return new memory of x's shape, in the order of x's strides, its last axis innermost."""
-    # an axis expanded from 1 has stride 0, yet must not lie inside of the last one
-    strides = x.stride()
-    order = [*sorted(range(x.dim() - 1), key=lambda axis: -strides[axis]), x.dim() - 1]
-    dense = torch.empty([x.shape[axis] for axis in order], dtype=x.dtype, device=x.device)
-    return dense.permute([order.index(axis) for axis in range(x.dim())])
 
 
 def inner_contiguous(x: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ One program sums all of one tile of a result in a fixed order: no atomics, no pa
 depends on the card. The longest sums come first, so that the short ones fill what they leave idle.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -81,13 +80,13 @@ def contract_kernel(
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, dbank_k_h, dbank_k_n, dbank_v_h, dbank_v_n, bank_sum_s,
     bank_keys, bank_values, query, local_keys, batch, heads, rows, length, slots, local_tiles, tiles, scale, phase,
     D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    CHUNKED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of one gradient.
 
     The first `bank_keys` programs make the bank keys', the next `bank_values` the bank values', and so on.
-    Where CHUNKED, bits of `phase` tell what to do with sums over queries: 1 go on with local ones, 2 finish
-    them, 4 go on with the bank's, 8 finish them.
+    Where there is memory for sums over queries, bits of `phase` tell what to do with them: 1 go on with
+    local ones, 2 finish them, 4 go on with the bank's, 8 finish them.
     """
     WIDE: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     SLICES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -122,10 +121,10 @@ def contract_kernel(
         owner = (index // SLICES // blocks).to(tl.int64)  # a head of the bank, or a head of one batch element
         b, h = tl.where(is_bank, 0, owner // heads), tl.where(is_bank, owner, owner % heads)
         in_row = (channel < D)[None, :]
-        sum_ptr = tl.where(is_bank, bank_sum_ptr + owner * slots * D, local_sum_ptr)
-        sum_ptr += tl.where(is_key, 0, tl.where(is_bank, bank_sum_s, length.to(tl.int64) * D))
-        sum_at = sum_ptr + key.to(tl.int64)[:, None] * D + channel[None, :]
-        if CHUNKED:
+        if bank_sum_ptr is not None:
+            sum_ptr = tl.where(is_bank, bank_sum_ptr + owner * slots * D, local_sum_ptr)
+            sum_ptr += tl.where(is_key, 0, tl.where(is_bank, bank_sum_s, length.to(tl.int64) * D))
+            sum_at = sum_ptr + key.to(tl.int64)[:, None] * D + channel[None, :]
             known = tl.where((phase & tl.where(is_bank, 4, 1)) != 0, keys, 0)
             acc = tl.load(sum_at, mask=(key < known)[:, None] & in_row, other=0.0)
         else:
@@ -144,7 +143,7 @@ def contract_kernel(
             tl.where(is_key, dk_ptr + b * dk_b + h * dk_h, dv_ptr + b * dv_b + h * dv_h),
         ) + key.to(tl.int64)[:, None] * d_n + channel[None, :]  # fmt: skip
         result = tl.where(is_key, acc * scale, acc).to(dq_ptr.dtype.element_ty)
-        if CHUNKED:
+        if bank_sum_ptr is not None:
             ends = (phase & tl.where(is_bank, 8, 2)) != 0
             tl.store(sum_at, acc, mask=(key < tl.where(ends, 0, keys))[:, None] & in_row)
             keys = tl.where(ends, keys, 0)
@@ -166,7 +165,7 @@ def column_sum_kernel(parts_ptr, total_ptr, parts, columns, PARTS: tl.constexpr,
 
 def contract(part: Backward, slopes: Tensor, weights: Tensor | None, phase: int, tiles: Tiles) -> None:
     """Fill the gradients of the tokens, those that are not None; `phase` is a chunk's."""
-    problem, dout, got, bank_sum = part.problem, part.dout, part.gradients, part.bank_sum
+    problem, dout, got, local_sum, bank_sum = part.problem, part.dout, part.gradients, part.local_sum, part.bank_sum
     batch, heads, queries, length, slots, channels = problem.sizes
     q, k, bank_k = problem.q, problem.k, problem.bank_k
     tile = tiles.contract.within(columns=channels)
@@ -186,22 +185,21 @@ def contract(part: Backward, slopes: Tensor, weights: Tensor | None, phase: int,
     dbank_k, dbank_v = (bank_k if x is None else x for x in (got.bank_k, got.bank_v))
     contract_kernel[(sum(counts),)](
         slopes, slopes if weights is None else weights, q, dout, k, bank_k,
-        dq, dk, dv, dbank_k, dbank_v, part.local_sum, bank_sum,
+        dq, dk, dv, dbank_k, dbank_v, local_sum, bank_sum,
         *q.stride()[:3], *dout.stride()[:3], *k.stride()[:3], *bank_k.stride()[:2], *dq.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3], *dbank_k.stride()[:2], *dbank_v.stride()[:2], bank_sum.stride(0),
+        *dk.stride()[:3], *dv.stride()[:3], *dbank_k.stride()[:2], *dbank_v.stride()[:2],
+        0 if bank_sum is None else bank_sum.stride(0),
         *counts[:4], batch, heads, queries, length, slots,
         tiles.count(length), tiles.count(length) + tiles.count(slots), problem.scale, phase,
         D=channels, KEYS=tiles.scores.columns, ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner,
-        CHUNKED=part.local_sum.shape[0] > 0, PRECISION=dot_precision(problem),
+        PRECISION=dot_precision(problem),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def column_sum(parts: Tensor) -> Tensor:
-    """Return the sum of parts (B, blocks, H, M) over the first two axes, in their order."""
-    total = torch.empty(parts.shape[2:], dtype=parts.dtype, device=parts.device)
+def column_sum(parts: Tensor, total: Tensor) -> None:
+    """Fill total (H, M) with the sum of parts (B, blocks, H, M) over the first two axes, in their order."""
     columns = 128
     column_sum_kernel[(triton.cdiv(total.numel(), columns),)](
         parts, total, parts.shape[0] * parts.shape[1], total.numel(), PARTS=16, COLUMNS=columns, num_warps=4
     )
-    return total

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedoap.kernels.dca.problem import Attended, Problem
-from fedoap.kernels.dca.wide_chunks import chunks, dense_like, inner_contiguous
+from fedoap.kernels.dca.problem import Attended, Problem, unfilled
+from fedoap.kernels.dca.wide_chunks import chunks, inner_contiguous
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision, tiles_for
 
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -220,15 +220,12 @@ def _store_lse(lse_ptr, top, total, row, rows):
 def forward(problem: Problem, tiles: Tiles | None = None) -> Attended:
     """Return attention and log-sum-exp, and what backward needs besides."""
     tiles = tiles or tiles_for(problem)
-    batch, heads, queries, length, slots, _ = problem.sizes
-    gated = problem.gate is not None
-    out, *parts = [dense_like(problem.q) for _ in range(3 if gated else 1)]
-    stacked = (2, batch, heads, queries) if gated else (batch, heads, queries)
-    attended = Attended(out, torch.empty(stacked, dtype=problem.wide, device=out.device), *parts)
+    attended = unfilled(problem)
     if tiles.keeps_weights(problem):
         weights, pivots = _launch(problem, attended, tiles)
         return replace(attended, weights=weights, pivots=pivots)
-    row_bytes = tiles.width(length, slots) * out.element_size()
+    _, _, _, length, slots, _ = problem.sizes
+    row_bytes = tiles.width(length, slots) * problem.q.element_size()
     for chunk in chunks(problem, row_bytes, tiles.workspace, tiles.block):
         _launch(chunk.problem(problem), chunk.attended(attended), tiles)
     return attended
