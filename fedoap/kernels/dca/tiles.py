@@ -91,3 +91,52 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
     ("cdna", "half", 256): Tiles(Tile(32, 32, 4, 1), *_WIDE),
 }
 """By class of card, operands, and channels padded to 64, 128 or 256."""
+
+CANDIDATES: dict[tuple[Numbers, int], dict[str, tuple[Tile, ...]]] = {
+    ("half", 64): {
+        "attend": (
+            Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3),
+            Tile(64, 128, 4, 2), Tile(64, 128, 4, 3), Tile(64, 64, 4, 4), Tile(128, 32, 4, 4),
+        ),
+        "dq": (
+            Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 128, 4, 2),
+            Tile(128, 32, 4, 3), Tile(128, 64, 4, 2),
+        ),
+        "dkv": (
+            Tile(64, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(32, 128, 4, 2),
+            Tile(32, 128, 8, 3), Tile(128, 64, 4, 2), Tile(64, 128, 4, 2),
+        ),
+    },
+    ("half", 128): {
+        "attend": (
+            Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 32, 8, 4), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3),
+            Tile(64, 32, 4, 4), Tile(64, 128, 8, 2),
+        ),
+        "dq": (
+            Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(128, 64, 8, 3),
+            Tile(128, 128, 8, 1),
+        ),
+        "dkv": (
+            Tile(64, 128, 8, 2), Tile(64, 128, 8, 1), Tile(32, 128, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2),
+            Tile(32, 64, 4, 3), Tile(64, 64, 4, 2), Tile(16, 64, 4, 3), Tile(16, 128, 8, 3),
+        ),
+    },
+    ("half", 256): {
+        "attend": (
+            Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 4, 3), Tile(64, 32, 4, 2),
+            Tile(64, 64, 4, 2),
+        ),
+    },
+    ("tf32", 64): {
+        "attend": (Tile(128, 32, 8, 2), Tile(64, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "dq": (Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
+        "dkv": (Tile(32, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
+    },
+    ("tf32", 128): {
+        "attend": (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(128, 16, 8, 3)),
+        "dq": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(64, 16, 4, 2), Tile(64, 64, 8, 1)),
+        "dkv": (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
+    },
+    ("tf32", 256): {"attend": (Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 4, 2))},
+}  # fmt: skip
+"""By operands and padded channels: what else to try for each kernel, timed by benchmarks/gpu.py on a card at hand."""
