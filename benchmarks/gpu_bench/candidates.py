@@ -152,4 +152,5 @@ def _short(tile: object) -> str:
     """Return a tile's numbers: "128x64 w8 s3" and what else it has."""
     values = {field.name: getattr(tile, field.name) for field in fields(tile)}  # type: ignore[arg-type]
     sizes = "x".join(str(value) for name, value in values.items() if name not in ("warps", "stages"))
-    return f"{sizes} w{values['warps']} s{values['stages']}"
+    stages = f" s{values['stages']}" if "stages" in values else ""
+    return f"{sizes} w{values['warps']}{stages}"

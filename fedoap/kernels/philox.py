@@ -32,12 +32,13 @@ _TAIL = (
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor], rounds: int = 10) -> Words:
     """Return four random 32-bit words for each counter; all words are int64 tensors below 2**32."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
-        high2, low2 = _multiply(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    step = torch.arange(rounds, device=key[0].device)
+    keys = zip(*(((word + step * weyl) & _MASK).unbind() for word, weyl in zip(key, _WEYL, strict=True)), strict=True)
+    for k0, k1 in keys:
+        # a product of 32-bit words fills 64 bits, of which int64 keeps all: no sum needs its sign
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((second >> 32) & _MASK) ^ c1 ^ k0, second & _MASK
+        c2, c3 = ((first >> 32) & _MASK) ^ c3 ^ k1, first & _MASK
     return c0, c1, c2, c3
 
 
@@ -65,14 +66,6 @@ def normal_of_bits(bits: Tensor) -> Tensor:
 def normal(seed: Tensor, index: Tensor) -> Tensor:
     """Return the standard normal noise, float32, of the elements with these global indices (int64)."""
     return normal_of_bits(random_bits(seed, index))
-
-
-def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return high and low word of a 32 x 32 bit product."""
-    # int64 cannot hold the 64-bit product, so b is split: every partial product stays below 2**49
-    first = a * (b & 0xFFFF)
-    second = a * (b >> 16) + (first >> 16)
-    return second >> 16, ((second & 0xFFFF) << 16) | (first & 0xFFFF)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

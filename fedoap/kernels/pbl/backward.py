@@ -20,11 +20,12 @@ from fedoap.kernels.pbl.region import (
     as_scalar,
     edge_of,
     first_groups,
+    group_of,
     logistic,
     plane_words,
     region_of,
+    stored_group_of,
     voxels_of,
-    widened,
 )
 from fedoap.kernels.pbl.tiles import Tiles
 
@@ -61,7 +62,7 @@ def backward_kernel(
     z_stride, y_stride, depth, rows, row_groups, steps, programs, line,
     threshold: tl.float64, sigma: tl.float64, lam: tl.float64, smooth: tl.float64,
     REGION: tl.constexpr, EDGE: tl.constexpr, CROSS: tl.constexpr, TALL: tl.constexpr, VEC: tl.constexpr,
-    LANES: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one program's voxels; strides count groups, the gradient is dense."""
     pid = tl.program_id(0)
@@ -69,27 +70,29 @@ def backward_kernel(
     z_ptr, y_ptr = z_ptr + b * z_stride * VEC, y_ptr + b * y_stride * VEC
     total = depth.to(tl.int64) * rows * row_groups
     dz_ptr += b * total * VEC
-    group, row, place, stride = first_groups(pid % programs, depth, rows, row_groups, steps, EDGE, LANES)
-    voxel = tl.arange(0, VEC)[None, :]
+    group, row, place, stride, limit = first_groups(pid % programs, total, rows, row_groups, steps, EDGE, LANES)
     clean, a, two, noisy, noisy_a, noisy_two = _factors(sums_ptr + b * 5, grad_ptr, batch, total * VEC, lam, smooth)
     threshold, sigma = as_scalar(threshold, clean), as_scalar(sigma, tl.zeros([1], tl.float32))
     edge = tl.zeros([LANES], tl.int32)
     if EDGE == MARCHED:
         before = plane_words(z_ptr, group - stride, total, row, place, rows, row_groups, TALL, CROSS, VEC)[1]
         near, far, z = plane_words(z_ptr, group, total, row, place, rows, row_groups, TALL, CROSS, VEC)
+    else:
+        z = group_of(z_ptr, group, group < limit, VEC)
+    y_given = stored_group_of(y_ptr, group, group < limit, VEC)
     if EDGE == MARKED:
         marks_ptr += (b * depth + group // stride) * rows * line + row * line + place * VEC // 32
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        exists = group < total
-        offset = (group * VEC)[:, None] + voxel
-        y_given = tl.load(y_ptr + offset, mask=exists[:, None], other=0)
+    for _ in range(steps):
+        exists = group < limit
+        following = group + stride  # its loads are under way while this step computes
         if EDGE == MARCHED:
             next_near, next_far, next_z = plane_words(
-                z_ptr, group + stride, total, row, place, rows, row_groups, TALL, CROSS, VEC
+                z_ptr, following, total, row, place, rows, row_groups, TALL, CROSS, VEC
             )
             edge = edge_of(before | near | next_far)
         else:
-            z = widened(tl.load(z_ptr + offset, mask=exists[:, None], other=0.0))
+            next_z = group_of(z_ptr, following, following < limit, VEC)
+        next_y = stored_group_of(y_ptr, following, following < limit, VEC)
         if EDGE == MARKED:
             edge = tl.load(marks_ptr, mask=exists, other=0) >> (place * VEC % 32)
             marks_ptr += rows * line
@@ -103,10 +106,11 @@ def backward_kernel(
             changed = miss * clean + slope * (a - two * y)
             changed += noisy_miss * noisy + noisy_slope * (noisy_a - noisy_two * y)
             dz = tl.where(voxels_of(word, VEC), changed, dz)
+        offset = (group * VEC)[:, None] + tl.arange(0, VEC)[None, :]
         tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=exists[:, None])
-        group += stride
+        group, z, y_given = following, next_z, next_y
         if EDGE == MARCHED:
-            before, near, far, z = far, next_near, next_far, next_z
+            before, near, far = far, next_near, next_far
 
 
 def backward(
@@ -119,7 +123,7 @@ def backward(
     with torch.cuda.device_of(logits):
         backward_kernel[(logits.shape[0] * march.programs,)](
             march.logits, march.target, marks, seed, sums, grad, dz, logits.shape[0],
-            *march.sizes, march.threshold, recipe.sigma, recipe.lam, recipe.smooth, *march.variant, march.tiles.stages,
+            *march.sizes, march.threshold, recipe.sigma, recipe.lam, recipe.smooth, *march.variant,
             num_warps=march.tiles.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return dz

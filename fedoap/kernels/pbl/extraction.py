@@ -15,8 +15,10 @@ from fedoap.kernels.pbl.region import (
     as_scalar,
     edge_of,
     first_groups,
+    group_of,
     plane_words,
     region_of,
+    stored_group_of,
     voxels_of,
     widened,
 )
@@ -29,7 +31,7 @@ def extraction_kernel(
     z_stride, y_stride, depth, rows, row_groups, steps, programs, line,
     threshold: tl.float64, sigma: tl.float64,
     REGION: tl.constexpr, EDGE: tl.constexpr, CROSS: tl.constexpr, TALL: tl.constexpr, VEC: tl.constexpr,
-    LANES: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Write region and perturbed logits of one program's voxels; strides count groups, both outputs are dense."""
     pid = tl.program_id(0)
@@ -38,27 +40,29 @@ def extraction_kernel(
     total = depth.to(tl.int64) * rows * row_groups
     region_ptr += b * total * VEC
     noisy_ptr += b * total * VEC
-    group, row, place, stride = first_groups(pid % programs, depth, rows, row_groups, steps, EDGE, LANES)
-    voxel = tl.arange(0, VEC)[None, :]
+    group, row, place, stride, limit = first_groups(pid % programs, total, rows, row_groups, steps, EDGE, LANES)
     threshold = as_scalar(threshold, widened(tl.zeros([1], z_ptr.dtype.element_ty)))
     sigma = as_scalar(sigma, tl.zeros([1], tl.float32))
     edge = tl.zeros([LANES], tl.int32)
     if EDGE == MARCHED:
         before = plane_words(z_ptr, group - stride, total, row, place, rows, row_groups, TALL, CROSS, VEC)[1]
         near, far, z = plane_words(z_ptr, group, total, row, place, rows, row_groups, TALL, CROSS, VEC)
+    else:
+        z = group_of(z_ptr, group, group < limit, VEC)
+    y_given = stored_group_of(y_ptr, group, group < limit, VEC)
     if EDGE == MARKED:
         marks_ptr += (b * depth + group // stride) * rows * line + row * line + place * VEC // 32
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        exists = group < total
-        offset = (group * VEC)[:, None] + voxel
-        y_given = tl.load(y_ptr + offset, mask=exists[:, None], other=0)
+    for _ in range(steps):
+        exists = group < limit
+        following = group + stride  # its loads are under way while this step computes
         if EDGE == MARCHED:
             next_near, next_far, next_z = plane_words(
-                z_ptr, group + stride, total, row, place, rows, row_groups, TALL, CROSS, VEC
+                z_ptr, following, total, row, place, rows, row_groups, TALL, CROSS, VEC
             )
             edge = edge_of(before | near | next_far)
         else:
-            z = widened(tl.load(z_ptr + offset, mask=exists[:, None], other=0.0))
+            next_z = group_of(z_ptr, following, following < limit, VEC)
+        next_y = stored_group_of(y_ptr, following, following < limit, VEC)
         if EDGE == MARKED:
             edge = tl.load(marks_ptr, mask=exists, other=0) >> (place * VEC % 32)
             marks_ptr += rows * line
@@ -67,11 +71,12 @@ def extraction_kernel(
         if tl.max(word, axis=0) > 0:
             drawn = noise(seed_ptr, b * total + group, sigma, VEC).to(z.dtype)
             noisy = tl.where(voxels_of(word, VEC), z + drawn, z)
+        offset = (group * VEC)[:, None] + tl.arange(0, VEC)[None, :]
         tl.store(region_ptr + offset, voxels_of(word, VEC).to(tl.uint8), mask=exists[:, None])
         tl.store(noisy_ptr + offset, noisy, mask=exists[:, None])
-        group += stride
+        group, z, y_given = following, next_z, next_y
         if EDGE == MARCHED:
-            before, near, far, z = far, next_near, next_far, next_z
+            before, near, far = far, next_near, next_far
 
 
 def extract(
@@ -85,7 +90,7 @@ def extract(
     with torch.cuda.device_of(logits):
         extraction_kernel[(logits.shape[0] * march.programs,)](
             march.logits, march.target, marks, seed, region.view(torch.uint8), noisy,
-            *march.sizes, march.threshold, recipe.sigma, *march.variant, march.tiles.stages,
+            *march.sizes, march.threshold, recipe.sigma, *march.variant,
             num_warps=march.tiles.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return region, noisy

@@ -23,9 +23,11 @@ from fedoap.kernels.pbl.region import (
     as_scalar,
     edge_of,
     first_groups,
+    group_of,
     logistic,
     plane_words,
     region_of,
+    stored_group_of,
     voxels_of,
     widened,
 )
@@ -71,36 +73,38 @@ def forward_kernel(
     z_stride, y_stride, depth, rows, row_groups, steps, programs, line,
     threshold: tl.float64, sigma: tl.float64,
     REGION: tl.constexpr, EDGE: tl.constexpr, CROSS: tl.constexpr, TALL: tl.constexpr, VEC: tl.constexpr,
-    LANES: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of one program, (7, B, programs), and its voxels in the region; strides count groups."""
     pid = tl.program_id(0)
     b = (pid // programs).to(tl.int64)
     z_ptr, y_ptr = z_ptr + b * z_stride * VEC, y_ptr + b * y_stride * VEC
     total = depth.to(tl.int64) * rows * row_groups
-    group, row, place, stride = first_groups(pid % programs, depth, rows, row_groups, steps, EDGE, LANES)
-    voxel = tl.arange(0, VEC)[None, :]
+    group, row, place, stride, limit = first_groups(pid % programs, total, rows, row_groups, steps, EDGE, LANES)
     bce_sum = widened(tl.zeros([LANES], z_ptr.dtype.element_ty))
     p_sum, y_sum, py_sum, bce_change, p_change, py_change = bce_sum, bce_sum, bce_sum, bce_sum, bce_sum, bce_sum
     count = tl.zeros([LANES], tl.int32)
     threshold, sigma = as_scalar(threshold, bce_sum), as_scalar(sigma, tl.zeros([1], tl.float32))
-    edge = tl.zeros([LANES], tl.int32)
+    edge = count
     if EDGE == MARCHED:
         before = plane_words(z_ptr, group - stride, total, row, place, rows, row_groups, TALL, CROSS, VEC)[1]
         near, far, z = plane_words(z_ptr, group, total, row, place, rows, row_groups, TALL, CROSS, VEC)
+    else:
+        z = group_of(z_ptr, group, group < limit, VEC)
+    y_given = stored_group_of(y_ptr, group, group < limit, VEC)
     if EDGE == MARKED:
         marks_ptr += (b * depth + group // stride) * rows * line + row * line + place * VEC // 32
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        exists = group < total
-        offset = (group * VEC)[:, None] + voxel
-        y_given = tl.load(y_ptr + offset, mask=exists[:, None], other=0)
+    for _ in range(steps):
+        exists = group < limit
+        following = group + stride  # its loads are under way while this step computes
         if EDGE == MARCHED:
             next_near, next_far, next_z = plane_words(
-                z_ptr, group + stride, total, row, place, rows, row_groups, TALL, CROSS, VEC
+                z_ptr, following, total, row, place, rows, row_groups, TALL, CROSS, VEC
             )
             edge = edge_of(before | near | next_far)
         else:
-            z = widened(tl.load(z_ptr + offset, mask=exists[:, None], other=0.0))
+            next_z = group_of(z_ptr, following, following < limit, VEC)
+        next_y = stored_group_of(y_ptr, following, following < limit, VEC)
         if EDGE == MARKED:
             edge = tl.load(marks_ptr, mask=exists, other=0) >> (place * VEC % 32)
             marks_ptr += rows * line
@@ -108,22 +112,20 @@ def forward_kernel(
         word = region_of(z, y, y_given, edge, exists, threshold, REGION, VEC)
         fair = tl.where((y >= 0) & (y <= 1), z, float("nan"))  # nobody looked at a GPU's targets before
         bce, p = _terms(fair, y)
-        inside = exists[:, None]
-        bce_sum += tl.sum(tl.where(inside, bce, 0.0), axis=1)
-        p_sum += tl.sum(tl.where(inside, p, 0.0), axis=1)
-        y_sum += tl.sum(y, axis=1)
-        py_sum += tl.sum(p * y, axis=1)
+        bce_sum += tl.sum(tl.where(exists[:, None], bce, 0.0), axis=1)
+        p_sum += tl.sum(tl.where(exists[:, None], p, 0.0), axis=1)
+        y_sum, py_sum = y_sum + tl.sum(y, axis=1), py_sum + tl.sum(p * y, axis=1)
         if tl.max(word, axis=0) > 0:
             region = voxels_of(word, VEC)
             count += tl.sum(region.to(tl.int32), axis=1)
             drawn = noise(seed_ptr, b * total + group, sigma, VEC).to(z.dtype)
             noisy_bce, noisy_p = _terms(z + drawn, y)
+            moved = tl.where(region, noisy_p - p, 0.0)
             bce_change += tl.sum(tl.where(region, noisy_bce - bce, 0.0), axis=1)
-            p_change += tl.sum(tl.where(region, noisy_p - p, 0.0), axis=1)
-            py_change += tl.sum(tl.where(region, (noisy_p - p) * y, 0.0), axis=1)
-        group += stride
+            p_change, py_change = p_change + tl.sum(moved, axis=1), py_change + tl.sum(moved * y, axis=1)
+        group, z, y_given = following, next_z, next_y
         if EDGE == MARCHED:
-            before, near, far, z = far, next_near, next_far, next_z
+            before, near, far = far, next_near, next_far
     _store(partial_ptr + pid, bce_sum, p_sum, y_sum, py_sum, bce_change, p_change, py_change)
     tl.store(count_ptr + pid, tl.sum(count, axis=0))
 
@@ -206,7 +208,7 @@ def forward(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe, tiles:
     with torch.cuda.device_of(logits):
         forward_kernel[(batch * march.programs,)](
             march.logits, march.target, marks, seed, partial, count,
-            *march.sizes, march.threshold, recipe.sigma, *march.variant, march.tiles.stages,
+            *march.sizes, march.threshold, recipe.sigma, *march.variant,
             num_warps=march.tiles.warps, enable_fp_fusion=True,
         )  # fmt: skip
         finalize_kernel[(1,)](

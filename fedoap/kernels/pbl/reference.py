@@ -2,26 +2,124 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe
 from fedoap.kernels.philox import normal
 
 
+@dataclass(frozen=True, slots=True)
+class _Logistic:
+    """Logits, targets and what the loss takes of them, all of one shape."""
+
+    y: Tensor
+    p: Tensor
+    bce: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, y: Tensor) -> Self:
+        return cls(y, torch.sigmoid(z), F.binary_cross_entropy_with_logits(z, y, reduction="none"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Each sample's sums of BCE, p, y and p y, (B,)."""
+
+    bce: Tensor
+    p: Tensor
+    y: Tensor
+    py: Tensor
+
+    def loss(self, volume: int, smooth: float) -> Tensor:
+        """Return BCE + 1 - soft Dice of each sample."""
+        return self.bce / volume + (1 - (2 * self.py + smooth) / (self.p + self.y + smooth))
+
+    def slopes(self, smooth: float) -> tuple[Tensor, Tensor]:
+        """Return a and b, (B, 1), with which 1 - Dice has the slope a - b y in p."""
+        below = (self.p + self.y + smooth).reciprocal().unsqueeze(1)
+        return (2 * self.py + smooth).unsqueeze(1) * below**2, 2 * below
+
+
 def loss_and_parts(z: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> tuple[Tensor, BoundaryParts]:
-    """Return the loss by plain PyTorch: what every other backend must reproduce."""
-    perturbed = perturb(z, target, seed, recipe)
-    voxels = perturbed.region.flatten(1).sum(1)
-    if z.numel() == 0:
-        none = z.detach().new_zeros(z.shape[0])
-        return z.sum(), BoundaryParts(none, none, voxels)
-    y = target.to(z.dtype)
-    clean, noisy = (_sample_losses(logits, y, recipe.smooth) for logits in (z, perturbed.logits))
+    """Return the loss, differentiable once, and its parts."""
+    loss, clean, noisy, voxels = _Loss.apply(z, target, seed, recipe)
+    return loss, BoundaryParts(clean, noisy, voxels)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss and its gradient together: both need the same maps, and noise touches the region alone."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, z: Tensor, target: Tensor, seed: Tensor, recipe: Recipe
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        region = _region(z, target, recipe)
+        voxels = region.flatten(1).sum(1)
+        if z.numel() == 0:
+            none = z.new_zeros(z.shape[0])
+            ctx.save_for_backward(torch.zeros_like(z))
+            loss, clean, noisy = none.sum(), none, none.clone()
+        else:
+            wanted = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+            loss, clean, noisy, dz = _loss_and_slope(z, target, seed, region, recipe, with_slope=wanted)
+            if dz is not None:
+                ctx.save_for_backward(dz)
+        ctx.mark_non_differentiable(clean, noisy, voxels)
+        return loss, clean, noisy, voxels
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        (dz,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return dz * grad, None, None, None
+
+
+def _loss_and_slope(
+    z: Tensor, target: Tensor, seed: Tensor, region: Tensor, recipe: Recipe, *, with_slope: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    batch, volume, smooth = z.shape[0], z[0].numel(), recipe.smooth
+    flat, y = z.reshape(batch, volume), target.reshape(batch, volume).to(z.dtype)
+    at = _Logistic.of(flat, y)
+    sums = _Sums(at.bce.sum(1), at.p.sum(1), y.sum(1), torch.linalg.vecdot(at.p, y))
+
+    index = region.flatten().nonzero().squeeze(1)
+    sample = index // volume
+    near = _Logistic(*(x.flatten()[index] for x in (y, at.p, at.bce)))
+    far = _Logistic.of(flat.flatten()[index] + _noise(seed, index, recipe.sigma, z.dtype), near.y)
+
+    def changed(sum_: Tensor, change: Tensor) -> Tensor:
+        return sum_.index_add(0, sample, change)
+
+    moved = _Sums(
+        changed(sums.bce, far.bce - near.bce),
+        changed(sums.p, far.p - near.p),
+        sums.y,
+        changed(sums.py, (far.p - near.p) * near.y),
+    )
+    clean, noisy = sums.loss(volume, smooth), moved.loss(volume, smooth)
     loss = ((1 - recipe.lam) * clean + recipe.lam * noisy).mean()
-    return loss, BoundaryParts(clean.detach(), noisy.detach(), voxels)
+    if not with_slope:
+        return loss, clean, noisy, None
+    a, b = sums.slopes(smooth)
+    moved_a, moved_b = moved.slopes(smooth)
+    mixed_a, mixed_b = torch.lerp(a, moved_a, recipe.lam), torch.lerp(b, moved_b, recipe.lam)
+    dz = _slope(at, mixed_a, mixed_b, volume).div_(batch)
+    change = _slope(far, moved_a[sample, 0], moved_b[sample, 0], volume)
+    change -= _slope(near, moved_a[sample, 0], moved_b[sample, 0], volume)
+    dz.view(-1).index_add_(0, index, change, alpha=recipe.lam / batch)
+    return loss, clean, noisy, dz.view(z.shape)
+
+
+def _slope(at: _Logistic, a: Tensor, b: Tensor, volume: int) -> Tensor:
+    """Return (p - y) / V + p (1 - p) (a - b y)."""
+    slope = torch.addcmul(a, b, at.y, value=-1).mul_(at.p).mul_(1 - at.p)
+    return slope.add_(at.p, alpha=1 / volume).sub_(at.y, alpha=1 / volume)
 
 
 def perturb(z: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> Perturbed:
@@ -44,8 +142,7 @@ def _error(z: Tensor, target: Tensor, tau: float) -> Tensor:
     """Return where |sigmoid(z) - y| > tau; for yes-or-no targets by thresholds of z, so free of rounding."""
     if target.is_floating_point():
         return (torch.sigmoid(z) - target.to(z.dtype)).abs() > tau
-    threshold = math.log(tau / (1 - tau))
-    return torch.where(target.bool(), z < -threshold, z > threshold)
+    return torch.where(target.bool(), -z, z) > math.log(tau / (1 - tau))
 
 
 def _band(mask: Tensor, radius: int, element: Element) -> Tensor:
@@ -82,14 +179,9 @@ def _touched(mask: Tensor, axes: Iterable[int]) -> Tensor:
 def _with_noise(z: Tensor, region: Tensor, seed: Tensor, sigma: float) -> Tensor:
     index = region.flatten().nonzero().squeeze(1)
     noise = torch.zeros_like(z, memory_format=torch.contiguous_format).flatten()
-    noise[index] = sigma * normal(seed, index).to(z.dtype)
+    noise[index] = _noise(seed, index, sigma, z.dtype)
     return z + noise.view(z.shape)
 
 
-def _sample_losses(z: Tensor, y: Tensor, smooth: float) -> Tensor:
-    """Return BCE + 1 - soft Dice of each sample, (B,)."""
-    z, y = z.flatten(1), y.flatten(1)
-    p = torch.sigmoid(z)
-    bce = F.binary_cross_entropy_with_logits(z, y, reduction="none").mean(1)
-    dice = (2 * (p * y).sum(1) + smooth) / (p.sum(1) + y.sum(1) + smooth)
-    return bce + (1 - dice)
+def _noise(seed: Tensor, index: Tensor, sigma: float, dtype: torch.dtype) -> Tensor:
+    return (sigma * normal(seed, index)).to(dtype)

@@ -38,18 +38,32 @@ def as_scalar(value, like):
 
 
 @triton.jit
-def first_groups(t, depth, rows, row_groups, steps, EDGE: tl.constexpr, LANES: tl.constexpr):
-    """Return each lane's first group in its sample (int64), row, place in the row, and the way to its next group."""
+def first_groups(t, total, rows, row_groups, steps, EDGE: tl.constexpr, LANES: tl.constexpr):
+    """Return each lane's first group in its sample (int64), row, place in the row, way to its next, and the end."""
     lane = tl.arange(0, LANES)
     if EDGE == NO_EDGE:  # neighbours do not matter: a run of consecutive groups
-        group, row, place, stride = t.to(tl.int64) * steps * LANES + lane, lane, lane, LANES
+        start = t.to(tl.int64) * steps * LANES
+        group, row, place, stride, limit = start + lane, lane, lane, LANES, tl.minimum(total, start + steps * LANES)
     else:
-        stride = rows * row_groups
+        stride, limit = rows * row_groups, total
         lane += t * LANES
-        start = lane // stride * steps
-        group = start.to(tl.int64) * stride + lane % stride
+        march = lane // stride
+        group = march.to(tl.int64) * steps * stride + lane % stride
         row, place = lane % stride // row_groups, lane % row_groups
-    return group, row, place, stride
+    return group, row, place, stride, limit
+
+
+@triton.jit
+def stored_group_of(ptr, group, exists, VEC: tl.constexpr):
+    """Return a group's values as they are stored, 0 where there is no group."""
+    offset = (group * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    return tl.load(ptr + offset, mask=exists[:, None], other=0)
+
+
+@triton.jit
+def group_of(ptr, group, exists, VEC: tl.constexpr):
+    """Return a group's values, widened."""
+    return widened(stored_group_of(ptr, group, exists, VEC))
 
 
 @triton.jit
@@ -77,7 +91,7 @@ def plane_words(z_ptr, group, total, row, place, rows, row_groups, TALL: tl.cons
 def _row_word(z_ptr, group, exists, place, row_groups, SIDES: tl.constexpr, VEC: tl.constexpr):
     voxel = tl.arange(0, VEC)[None, :]
     pointer = z_ptr + group * VEC
-    z = widened(tl.load(pointer[:, None] + voxel, mask=exists[:, None], other=0.0))
+    z = group_of(z_ptr, group, exists, VEC)
     word = tl.sum(tl.where(z > 0, 2 << voxel, 131072 << voxel), axis=1)
     word = tl.where(exists, word, 0)
     if SIDES:

@@ -21,8 +21,6 @@ class Tiles:
     warps: int
     steps: int
     """Planes that a program marches through at most."""
-    stages: int = 1
-    """Steps whose loads are under way together."""
 
 
 FINALIZE_WARPS = 16
@@ -32,16 +30,15 @@ _WARPS_WANTED = 132 * 32
 """A march is shortened until this many warps are at work; a constant, so that bits do not depend on the card."""
 
 _TABLE: dict[Pass, Tiles] = {
-    "forward": Tiles(lanes=128, warps=2, steps=32),
-    "backward": Tiles(lanes=128, warps=2, steps=32),
-    "extraction": Tiles(lanes=128, warps=2, steps=32),
+    "forward": Tiles(lanes=128, warps=4, steps=16),
+    "backward": Tiles(lanes=64, warps=2, steps=16),
+    "extraction": Tiles(lanes=64, warps=2, steps=16),
 }
 
 CANDIDATES: tuple[Tiles, ...] = tuple(
-    Tiles(lanes, warps, steps, stages)
-    for lanes, warps in ((32, 1), (64, 1), (64, 2), (128, 1), (128, 2), (128, 4), (256, 4), (256, 8), (512, 8))
+    Tiles(lanes, warps, steps)
+    for lanes, warps in ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (256, 8))
     for steps in (8, 16, 32)
-    for stages in (1, 2, 3)
 )
 
 

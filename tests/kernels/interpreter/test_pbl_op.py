@@ -27,7 +27,7 @@ def test_triton_and_eager_agree_in_all_they_return(shape: tuple[int, ...]) -> No
             region="band",
             lam=0.4,
             return_parts=True,
-            backend=backend,  # type: ignore[arg-type]
+            backend=backend,
         )
         (gradient,) = torch.autograd.grad([loss], [logits])
         assert not parts.clean.requires_grad
