@@ -7,14 +7,20 @@ hand, and never measured at run time. No size follows a card's count of processo
 same bits on every card of one class.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
+
+import torch
 
 from fedoap.kernels.dca.problem import Problem
 from fedoap.kernels.hardware import Hardware, hardware
 
 Numbers: TypeAlias = Literal["half", "tf32"]
 """Operands of 16 bits, or float32 rounded to tf32 by the tensor cores."""
+
+FORWARD_CHANNELS: dict[Numbers, int] = {"half": 256, "tf32": 128}
+BACKWARD_CHANNELS: dict[Numbers, int] = {"half": 128, "tf32": 64}
+"""What this route is for: with more channels there is no tile that does not spill."""
 
 PROGRAMS = 132
 """Programs that fill a card: an H100's processors, and a constant everywhere."""
@@ -59,38 +65,46 @@ def padded(channels: int) -> int:
 
 
 def choose(problem: Problem) -> Tiles:
-    """Return the tiles of a call; they depend on the class of card, numbers and D alone."""
-    numbers: Numbers = "half" if problem.q.dtype.itemsize == 2 else "tf32"
-    return TABLE[hardware(problem.q.device), numbers, max(64, padded(problem.q.shape[3]))]
+    """Return the tiles of a call; they depend on the class of card, numbers, D and whether it is gated alone."""
+    key = hardware(problem.q.device), numbers(problem.q.dtype), max(64, padded(problem.q.shape[3]))
+    tiles = TABLE[key]
+    return tiles if problem.gate is None or key not in GATED else replace(tiles, attend=GATED[key])
+
+
+def numbers(dtype: torch.dtype) -> Numbers:
+    """Return the table's name for operands of a dtype."""
+    return "half" if dtype.itemsize == 2 else "tf32"
 
 
 _WIDE = (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 """Of gradients that the wide route computes: whatever compiles."""
 
 TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
-    ("hopper", "half", 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    ("hopper", "half", 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-    ("hopper", "half", 256): Tiles(Tile(128, 32, 8, 2), *_WIDE),
-    ("hopper", "tf32", 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    ("hopper", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
-    ("hopper", "tf32", 256): Tiles(Tile(64, 16, 8, 2), *_WIDE),
+    ("hopper", "half", 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 4, 2)),
+    ("hopper", "half", 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+    ("hopper", "half", 256): Tiles(Tile(64, 32, 4, 3), *_WIDE),
+    ("hopper", "tf32", 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    ("hopper", "tf32", 128): Tiles(Tile(64, 32, 8, 2), *_WIDE),
     ("ampere", "half", 64): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     ("ampere", "half", 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
     ("ampere", "half", 256): Tiles(Tile(64, 32, 8, 2), *_WIDE),
     ("ampere", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    ("ampere", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    ("ampere", "tf32", 256): Tiles(Tile(32, 16, 8, 2), *_WIDE),
+    ("ampere", "tf32", 128): Tiles(Tile(64, 32, 8, 2), *_WIDE),
     ("ada", "half", 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     ("ada", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
     ("ada", "half", 256): Tiles(Tile(32, 32, 8, 2), *_WIDE),
     ("ada", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    ("ada", "tf32", 128): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    ("ada", "tf32", 256): Tiles(Tile(32, 16, 8, 2), *_WIDE),
+    ("ada", "tf32", 128): Tiles(Tile(32, 32, 4, 2), *_WIDE),
     ("cdna", "half", 64): Tiles(Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
     ("cdna", "half", 128): Tiles(Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
     ("cdna", "half", 256): Tiles(Tile(32, 32, 4, 1), *_WIDE),
 }
 """By class of card, operands, and channels padded to 64, 128 or 256."""
+
+GATED: dict[tuple[Hardware, Numbers, int], Tile] = {
+    ("hopper", "half", 256): Tile(64, 32, 8, 2),
+}
+"""Tiles of `attend` for `gated`, where those of the table would spill."""
 
 CANDIDATES: dict[tuple[Numbers, int], dict[str, tuple[Tile, ...]]] = {
     ("half", 64): {
@@ -128,15 +142,12 @@ CANDIDATES: dict[tuple[Numbers, int], dict[str, tuple[Tile, ...]]] = {
         ),
     },
     ("tf32", 64): {
-        "attend": (Tile(128, 32, 8, 2), Tile(64, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "attend": (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         "dq": (Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 2)),
         "dkv": (Tile(32, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 32, 4, 2)),
     },
     ("tf32", 128): {
         "attend": (Tile(64, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(128, 16, 8, 3)),
-        "dq": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(64, 16, 4, 2), Tile(64, 64, 8, 1)),
-        "dkv": (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
     },
-    ("tf32", 256): {"attend": (Tile(32, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 4, 2))},
 }  # fmt: skip
 """By operands and padded channels: what else to try for each kernel, timed by benchmarks/gpu.py on a card at hand."""
