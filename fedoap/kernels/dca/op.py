@@ -10,7 +10,7 @@ fits there. `wide` lets them pass through memory: for large D, and for products 
 tf32, whose operands take more registers than there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -25,10 +25,7 @@ from fedoap.kernels.dca.problem import (
     unfilled,
     unfilled_gradients,
 )
-
-FLASH_FORWARD_CHANNELS = 256
-FLASH_BACKWARD_CHANNELS = 128
-"""More would not leave registers for the two accumulators of a block of keys."""
+from fedoap.kernels.dca.tiles import BACKWARD_CHANNELS, FORWARD_CHANNELS, Numbers, numbers
 
 Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """out, lse, local_out, bank_out, weights, pivots of `Attended`; empty for None, which operators cannot return."""
@@ -69,7 +66,7 @@ def dca_forward(
     if q.numel() == 0:
         return _saved(unfilled(problem))
     with torch.cuda.device_of(q):
-        if _is_flash(problem, FLASH_FORWARD_CHANNELS):
+        if _is_flash(problem, FORWARD_CHANNELS):
             from fedoap.kernels.dca import flash_forward  # noqa: PLC0415 - imports triton
 
             return _saved(flash_forward.forward(problem))
@@ -92,7 +89,7 @@ def _(
 ) -> Saved:
     problem = Problem(q, k, v, bank_k, bank_v, bias, gate, scale, precision)
     out, lse, local_out, bank_out, weights, pivots = _saved(unfilled(problem))
-    if q.numel() > 0 and not _is_flash(problem, FLASH_FORWARD_CHANNELS):
+    if q.numel() > 0 and not _is_flash(problem, FORWARD_CHANNELS):
         from fedoap.kernels.dca import wide_tiles  # noqa: PLC0415 - no other route needs it
 
         tiles = -(-k.shape[2] // wide_tiles.KEYS) + -(-bank_k.shape[1] // wide_tiles.KEYS)
@@ -124,7 +121,7 @@ def dca_backward(
     if q.numel() == 0:
         return [x.zero_() for x in _given(unfilled_gradients(problem, asked))]
     with torch.cuda.device_of(q):
-        if _is_flash(problem, FLASH_BACKWARD_CHANNELS):
+        if _is_flash(problem, BACKWARD_CHANNELS):
             from fedoap.kernels.dca import flash_backward  # noqa: PLC0415 - imports triton
 
             return _given(flash_backward.backward(problem, _attended(saved), dout, dlse, asked))
@@ -188,10 +185,10 @@ def _differentiate(
 dca_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _is_flash(problem: Problem, channels: int) -> bool:
+def _is_flash(problem: Problem, channels: Mapping[Numbers, int]) -> bool:
     """Return whether the flash route takes this problem, if it takes so many channels."""
     accurate = problem.q.dtype == torch.float32 and problem.precision != "tf32"
-    return problem.q.shape[3] <= channels and not accurate
+    return problem.q.shape[3] <= channels[numbers(problem.q.dtype)] and not accurate
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:
