@@ -81,7 +81,7 @@ def backward_kernel(
         z = group_of(z_ptr, group, group < limit, VEC)
     y_given = stored_group_of(y_ptr, group, group < limit, VEC)
     if EDGE == MARKED:
-        marks_ptr += (b * depth + group // stride) * rows * line + row * line + place * VEC // 32
+        marks_ptr += ((b * depth + group // stride) * rows + row) * line + place * VEC // 32
     for _ in range(steps):
         exists = group < limit
         following = group + stride  # its loads are under way while this step computes
@@ -95,7 +95,7 @@ def backward_kernel(
         next_y = stored_group_of(y_ptr, following, following < limit, VEC)
         if EDGE == MARKED:
             edge = tl.load(marks_ptr, mask=exists, other=0) >> (place * VEC % 32)
-            marks_ptr += rows * line
+            marks_ptr += rows.to(tl.int64) * line
         y = y_given.to(z.dtype)
         word = region_of(z, y, y_given, edge, exists, threshold, REGION, VEC)
         miss, slope = _miss(z, y)

@@ -93,7 +93,7 @@ def forward_kernel(
         z = group_of(z_ptr, group, group < limit, VEC)
     y_given = stored_group_of(y_ptr, group, group < limit, VEC)
     if EDGE == MARKED:
-        marks_ptr += (b * depth + group // stride) * rows * line + row * line + place * VEC // 32
+        marks_ptr += ((b * depth + group // stride) * rows + row) * line + place * VEC // 32
     for _ in range(steps):
         exists = group < limit
         following = group + stride  # its loads are under way while this step computes
@@ -107,7 +107,7 @@ def forward_kernel(
         next_y = stored_group_of(y_ptr, following, following < limit, VEC)
         if EDGE == MARKED:
             edge = tl.load(marks_ptr, mask=exists, other=0) >> (place * VEC % 32)
-            marks_ptr += rows * line
+            marks_ptr += rows.to(tl.int64) * line
         y = y_given.to(z.dtype)
         word = region_of(z, y, y_given, edge, exists, threshold, REGION, VEC)
         fair = tl.where((y >= 0) & (y <= 1), z, float("nan"))  # nobody looked at a GPU's targets before
@@ -164,7 +164,7 @@ def finalize_kernel(
     volume = volume.to(loss.dtype)
     lam, smooth = as_scalar(lam, loss), as_scalar(smooth, loss)
     for start in range(0, batch, SAMPLES):
-        sample = start + tl.arange(0, SAMPLES)
+        sample = (start + tl.arange(0, SAMPLES)).to(tl.int64)
         exists = sample < batch
         bce = tl.zeros([SAMPLES], loss.dtype)
         p, y, py, bce_change, p_change, py_change = bce, bce, bce, bce, bce, bce

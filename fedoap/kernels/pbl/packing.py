@@ -51,6 +51,7 @@ def _widened_row(ptr, index, exists, column, line):
 def _grown(ptr, index, exists, plane, row, column, depth, rows, line, CROSS: tl.constexpr, TALL: tl.constexpr):
     """Return the words dilated by one step."""
     grown = _widened_row(ptr, index, exists, column, line)
+    line = line.to(tl.int64)
     for up in tl.static_range(-1, 2):
         for aside in tl.static_range(-1, 2):
             # an image has planes of one row; a cross has no corners
