@@ -4,7 +4,7 @@ Sums depend on these figures in their last bits, so they follow the pass and the
 the number of processors: all cards of a class give the same bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from fedoap.kernels.hardware import Hardware
@@ -43,8 +43,9 @@ CANDIDATES: tuple[Tiles, ...] = tuple(
 
 
 def tiles_for(hardware: Hardware, part: Pass) -> Tiles:
-    """Return what a program takes; all classes of hardware share a table so far."""
-    return _TABLE[part]
+    """Return what a program takes: a group for each thread, of which AMD's warps have 64."""
+    tiles = _TABLE[part]
+    return replace(tiles, lanes=2 * tiles.lanes) if hardware == "cdna" else tiles
 
 
 def steps_of(tiles: Tiles, depth: int, groups: int) -> int:
