@@ -60,6 +60,7 @@ def test_the_server_rate_scales_the_step_from_the_base(tmp_path: Path) -> None:
 
 
 def test_the_mean_of_equal_updates_is_that_update_to_the_last_bit(tmp_path: Path) -> None:
+    """Planted bug: sums in float32."""
     values = np.random.default_rng(1).normal(size=1000).astype(np.float32)
     base = blob(tmp_path / "base", {"w": values * 1e6})
     updates = [update(tmp_path, site, {"w": values}) for site in "abc"]
@@ -70,7 +71,7 @@ def test_the_mean_of_equal_updates_is_that_update_to_the_last_bit(tmp_path: Path
 
 
 def test_bits_depend_neither_on_slices_nor_on_the_order_of_arrival(tmp_path: Path) -> None:
-    """Fails when partial sums are kept in float32, or the last slice of a tensor is left out."""
+    """Planted bug: the last slice of a tensor left out."""
     shapes = {"a": (37, 11), "b": (), "c": (5000,), "d": (0, 4)}
     updates = random_updates(tmp_path, 5, shapes)
     base = blob(tmp_path / "base", {name: np.ones(shape) for name, shape in shapes.items()})
@@ -85,7 +86,7 @@ def test_bits_depend_neither_on_slices_nor_on_the_order_of_arrival(tmp_path: Pat
 
 
 def test_sums_run_in_the_order_of_the_sites_names(tmp_path: Path) -> None:
-    """Fails when updates are summed in the order given: 1 + 1e30 - 1e30 is 0, and 1e30 - 1e30 + 3 is 3."""
+    """3 + 1e30 - 1e30 is 0, and 1e30 - 1e30 + 3 is 3. Planted bug: updates summed in the order given."""
     base = blob(tmp_path / "base", {"w": [0.0]})
     values = {"a": 1e30, "b": -1e30, "c": 3.0}
     means = []
@@ -123,7 +124,7 @@ def test_bfloat16_updates_move_a_float32_base(tmp_path: Path) -> None:
 
 
 def test_memory_grows_neither_with_the_model_nor_with_the_sites(tmp_path: Path) -> None:
-    """Fails when a whole blob is read, or when every site's slice is held at once: 12 sites of 16 MB."""
+    """12 sites of 16 MB. Planted bugs: a whole tensor read; every site's slice held at once."""
     values = np.random.default_rng(2).normal(size=4 << 20).astype(np.float32)
     base = blob(tmp_path / "base", {"w": values})
     path, manifest = update(tmp_path, "a", {"w": values})

@@ -59,7 +59,7 @@ def test_sums_and_counts_are_added_and_divided(tmp_path: Path) -> None:
 
 
 def test_heads_lie_side_by_side_in_the_sums_and_apart_in_the_bank(tmp_path: Path) -> None:
-    """Fails when rows are reshaped to (H, M, D) without moving the heads' axis."""
+    """Planted bug: rows reshaped to (H, M, D) without moving the heads' axis."""
     keys = np.arange(2 * CHANNELS, dtype=np.float32).reshape(2, CHANNELS)
 
     manifest = merge_bank("bank", [update(tmp_path, "a", [1, 1], keys)], None, plan(heads=2), tmp_path / "out")
@@ -84,7 +84,7 @@ def test_seeding_joins_the_sites_clusters_that_lie_together(tmp_path: Path) -> N
 
 
 def test_the_same_sums_give_the_same_bank_in_any_order_and_another_seed_another(tmp_path: Path) -> None:
-    """Fails when the generator is seeded from the operating system, or sites are taken as they come."""
+    """Planted bugs: a generator seeded by the operating system; sites taken as they come."""
     rng = np.random.default_rng(3)
     updates = [update(tmp_path, site, [5] * 6, rng.normal(size=(6, CHANNELS))) for site in "abcd"]
 
@@ -123,7 +123,7 @@ def test_fewer_clusters_than_slots_leave_silent_slots_beside_the_heaviest(tmp_pa
 
 
 def test_dead_slots_are_spread_by_the_tokens_left_for_each_part(tmp_path: Path) -> None:
-    """Fails when every dead slot splits the one heaviest: 30, 15, 10 for three parts against 14."""
+    """30, 15, 10 for three parts against 14. Planted bug: every dead slot splits the one heaviest."""
     sums = update(tmp_path, "a", [30, 0, 14, 0, 0], at(30.0, 0.0, 14 * 9.0, 0.0, 0.0))
 
     manifest = merge_bank("bank", [sums], None, plan(slots=5), tmp_path / "out")

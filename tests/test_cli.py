@@ -24,7 +24,7 @@ def test_help_shows_an_example_of_each_command() -> None:
 
 
 def test_help_waits_for_nothing_heavy() -> None:
-    """Would fail with `import torch` at the head of the command line."""
+    """Planted bug: `import torch` at the head of the command line."""
     script = (
         "import sys, time; began = time.process_time()\n"
         "from fedoap.cli import cli\n"

@@ -16,7 +16,7 @@ REQUIRED = {"federation", "sites", "data.datalist"}
 
 @pytest.mark.parametrize(("name", "model"), [("fed.example.toml", FederationConfig), ("site.example.toml", SiteConfig)])
 def test_the_example_shows_every_key_with_its_default(name: str, model: type[Frozen]) -> None:
-    """Would fail with a key left out of the example, and with a default changed in the model only."""
+    """Planted bugs: a key left out of the example; a default changed in the model only."""
     text = (ROOT / name).read_text(encoding="utf-8")
     shown, commented = tomllib.loads(text), _commented_keys(text)
 

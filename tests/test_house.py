@@ -29,7 +29,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def test_every_import_keeps_to_its_layer() -> None:
-    """Would fail with `import fedoap.cli` in fedoap/config.py."""
+    """Planted bug: `import fedoap.cli` in fedoap/config.py."""
     done = subprocess.run(
         [Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -38,7 +38,7 @@ def test_every_import_keeps_to_its_layer() -> None:
 
 
 def test_the_coordinator_starts_quickly_and_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    """Would fail with `import fedoap.segmentation.network` in the coordinator's command line."""
+    """Planted bugs: `import fedoap.segmentation.network` in the coordinator's command line; a second's work there."""
     runs = [_seconds() for _ in range(5)]
     wall, cpu = min(wall for wall, _ in runs), min(cpu for _, cpu in runs)  # other programs slow down either
     with capsys.disabled():
@@ -48,7 +48,7 @@ def test_the_coordinator_starts_quickly_and_without_torch(capsys: pytest.Capture
 
 
 def test_nothing_is_ever_pickled() -> None:
-    """Would fail with `torch.save` in the worker and with `import pickle` in fedoap/tensors.py."""
+    """Planted bugs: `torch.save` in the worker; `import pickle` in fedoap/tensors.py."""
     found = [f"{file.relative_to(ROOT)}:{line}: {what}" for file in _sources() for line, what in _pickling(file)]
 
     assert found == []
@@ -66,7 +66,7 @@ def test_no_file_is_longer_than_the_stop() -> None:
 
 
 def test_every_function_but_triton_kernels_is_annotated() -> None:
-    """Would fail with a host function beside a kernel that has no types: its linters are told to look away there."""
+    """Linters are told to look away there. Planted bug: a function without types beside a kernel."""
     files = [*(ROOT / "fedoap/kernels").rglob("*.py"), *(ROOT / "tests/kernels").rglob("*.py")]
     found = [f"{file.relative_to(ROOT)}:{line}" for file in sorted(files) for line in _unannotated(file)]
 

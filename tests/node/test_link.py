@@ -131,7 +131,7 @@ def test_a_server_without_the_coordinator_s_key_is_a_stranger(door: Door, dial: 
 
 
 def test_pauses_between_failed_handshakes_grow(door: Door, dial: Callable[..., Link]) -> None:
-    """Fails when the pauses are left to libzmq, which dials again at once after each failed handshake."""
+    """Planted bugs: pauses left to libzmq, which dials again at once after a failed handshake; pauses of one length."""
     link = dial(door.endpoint, SITE, OTHER)
     started = time.monotonic()
     for _ in range(4):
@@ -152,7 +152,7 @@ def test_nobody_at_the_address_is_told_and_the_link_comes_up_later(context: Cont
 
 
 def test_nothing_said_while_the_link_is_down_arrives_later(context: Context, dial: Callable[..., Link]) -> None:
-    """Fails without ZMQ_IMMEDIATE: libzmq then keeps messages for the next connection."""
+    """Planted bug: no ZMQ_IMMEDIATE, so that libzmq keeps messages for the next connection."""
     port = unused_port()
     link = dial(f"tcp://127.0.0.1:{port}")
     assert not link.send(Bye())

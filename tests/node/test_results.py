@@ -150,7 +150,7 @@ def test_a_result_with_a_part_missing_is_refused_and_not_kept(tmp_path: Path, na
 
 
 def test_an_update_that_names_a_personal_tensor_never_leaves(tmp_path: Path) -> None:
-    """Fails when the check of names in `_read` is taken out."""
+    """Planted bug: the check of names in `_read` taken out."""
     results = Results(folder(tmp_path))
     output = worked(results, tmp_path)
     personal = {"personal.head.weight": np.ones(2, np.float32)}
@@ -182,7 +182,7 @@ def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kill_at_any_step_of_keeping_a_result_leaves_one_whole_personal_state(tmp_path: Path) -> None:
-    """Fails when the personal state is promoted before the result has its name."""
+    """Planted bug: the personal state promoted before the result has its name."""
     seen, whole = [], False
     for step in range(40):
         (place := tmp_path / str(step)).mkdir()

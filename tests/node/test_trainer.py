@@ -83,7 +83,7 @@ def test_a_worker_that_says_nothing_leaves_none_of_its_forerunner_s_words(tmp_pa
 
 
 def test_ending_a_worker_ends_what_it_started(tmp_path: Path) -> None:
-    """Fails when only the worker itself is killed, not its group."""
+    """Planted bug: a signal to the worker alone, not to its group."""
     child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
     trainer = started(tmp_path, f"{child}; print(p.pid, flush=True); time.sleep(60)")
     log = tmp_path / "worker.log"
@@ -97,7 +97,7 @@ def test_ending_a_worker_ends_what_it_started(tmp_path: Path) -> None:
 
 
 def test_a_worker_dies_with_a_daemon_that_was_killed(tmp_path: Path) -> None:
-    """Fails when the worker is started without its leash."""
+    """Planted bug: the worker started without its leash."""
     daemon = """
 import sys, time
 from pathlib import Path

@@ -61,7 +61,7 @@ def test_each_token_adds_to_its_nearest_slot(tmp_path: Path) -> None:
 
 
 def test_a_slot_of_too_few_patients_stays_at_the_site(tmp_path: Path) -> None:
-    """Fails when cases are counted instead of patients: four images of two patients."""
+    """Four images of two patients. Planted bug: cases counted instead of patients."""
     few = bank_sums(source(tmp_path, "aabb", plan(min_patients=3)), CENTROIDS)
     enough = bank_sums(source(tmp_path, "aabc", plan(min_patients=3)), CENTROIDS)
 
@@ -102,7 +102,7 @@ def test_the_cases_of_an_exchange_are_spread_over_the_list(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_sums_do_not_depend_on_the_batches(tmp_path: Path, batch: int) -> None:
-    """Fails when a batch that is not full is left out."""
+    """Planted bug: a batch that is not full left out."""
     sums = seed_sums(source(tmp_path, "abcdefg", plan(batch=batch)), seed=1)
 
     assert sums["counts"].tolist() == [7, 7]

@@ -25,7 +25,7 @@ def equal(one: FedOAPNet, two: FedOAPNet) -> bool:
 
 
 def test_calibration_moves_a_copy_and_measures_both_paths(tmp_path: Path) -> None:
-    """Fails when the personal network itself is moved, which would move the shared weights with it."""
+    """Planted bug: the personal network itself moved, and the shared weights with it."""
     useful = CalibrationConfig(steps=20, evaluations=2, learning_rate=1e-2)
     place = easy_place(tmp_path, easy_plan(steps=4, calibration=useful))
     model = trained(place)
@@ -44,7 +44,7 @@ def test_calibration_moves_a_copy_and_measures_both_paths(tmp_path: Path) -> Non
 
 
 def test_the_best_state_is_kept_even_when_it_is_the_first(tmp_path: Path) -> None:
-    """Fails when the last state is kept, or the state before does not compete."""
+    """Planted bugs: the last state kept; the state before that does not compete."""
     harmful = CalibrationConfig(steps=4, evaluations=3, learning_rate=50.0)
     place = easy_place(tmp_path, easy_plan(steps=30, calibration=harmful))
     model = trained(place)
@@ -68,7 +68,7 @@ def test_no_steps_only_measure(tmp_path: Path) -> None:
 
 
 def test_the_same_calibration_gives_the_same_bits(tmp_path: Path) -> None:
-    """Fails when the noise comes from torch's own generator."""
+    """Planted bug: noise of a fresh seed each time."""
     settings = CalibrationConfig(steps=20, evaluations=2, learning_rate=1e-2, sigma=2.0, lam=0.5, region="band")
     place = easy_place(tmp_path, easy_plan(steps=4, calibration=settings))
     model = trained(place)
@@ -117,7 +117,7 @@ def test_training_alone_learns_an_easy_problem_in_the_steps_of_a_federated_cours
 
 
 def test_training_alone_starts_from_the_weights_that_the_federation_starts_from(tmp_path: Path) -> None:
-    """Fails when the comparison's network is built from another seed."""
+    """Planted bug: the comparison's network built from another seed."""
     plan = easy_plan(rounds=1, calibration=CalibrationConfig(steps=0))
     still = plan.model_copy(update={"training": plan.training.model_copy(update={"learning_rate": 1e-30})})
     place = easy_place(tmp_path, still)

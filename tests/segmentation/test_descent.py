@@ -21,7 +21,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def test_each_step_sees_one_batch_its_number_and_the_gradient_of_that_step_alone(tmp_path: Path) -> None:
-    """Fails when gradients add up over steps: the last would be 0 + 1 + 2 instead of 2."""
+    """Planted bug: gradients that add up over steps, so that the last is 0 + 1 + 2 instead of 2."""
     w = nn.Parameter(torch.ones(1))
     optimizer = SiteOptimizer({"w": w}, TrainingConfig(gradient_clip=0.0))
     seen = []
@@ -54,7 +54,7 @@ def test_the_mean_of_the_losses_is_returned_and_reported(tmp_path: Path) -> None
 
 
 def test_a_loss_that_is_not_finite_stops_at_the_next_look(tmp_path: Path) -> None:
-    """Fails when NaN is averaged away, or looked for only at the end."""
+    """Planted bugs: NaN averaged away; looked for only at the end."""
     w = nn.Parameter(torch.ones(1))
     optimizer = SiteOptimizer({"w": w}, TrainingConfig())
     steps = []
@@ -70,7 +70,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_look(tmp_path: Path) -> Non
 
 
 def test_seeds_differ_by_site_purpose_and_step(tmp_path: Path) -> None:
-    """Fails when one of the three is left out of the seed."""
+    """Planted bugs: each of the three left out of the seed."""
     a, b = easy_place(tmp_path, easy_plan()), easy_place(tmp_path, easy_plan(), site="b")
 
     seeds = {a.seed("x"), a.seed("x", 1), a.seed("y"), b.seed("x")}

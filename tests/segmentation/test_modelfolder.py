@@ -64,7 +64,7 @@ def image() -> Tensor:
 
 
 def test_the_sites_own_model_runs_with_its_bank(tmp_path: Path) -> None:
-    """Fails when the bank or the personal weights are left out."""
+    """Planted bugs: the bank left out; the personal weights left out."""
     folder = model_folder(tmp_path)
 
     logits = load_model(folder.record, shared=False, device="cpu")(image())
@@ -82,7 +82,7 @@ def test_the_shared_model_runs_without_personal_weights(tmp_path: Path) -> None:
 
 
 def test_a_calibrated_model_takes_nothing_from_the_shared_one(tmp_path: Path) -> None:
-    """Fails when only the personal parts of a calibrated network are loaded."""
+    """Planted bug: only the personal parts of a calibrated network loaded."""
     folder = model_folder(tmp_path, calibrated=True)
 
     personal = load_model(folder.record, shared=False, device="cpu")(image())

@@ -13,7 +13,7 @@ def logits_of(probability: float) -> float:
 
 
 def test_the_loss_is_cross_entropy_plus_one_minus_dice_of_each_sample() -> None:
-    """Fails when Dice is taken over the batch: that would be 2 * 1.75 / (2.75 + 3) here."""
+    """Planted bug: Dice taken over the batch, which is 2 * 1.75 / (2.75 + 3) here."""
     probabilities = torch.tensor([[0.5, 0.5], [0.75, 0.5], [0.25, 0.25]]).double()
     logits = torch.log(probabilities / (1 - probabilities)).view(3, 1, 1, 2)
     target = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]).view(3, 1, 1, 2)
@@ -43,7 +43,7 @@ def test_extreme_logits_give_a_finite_loss_and_gradient() -> None:
 
 
 def test_calibration_without_perturbation_is_the_same_loss() -> None:
-    """Fails when one of the two changes its formula, its smoothing or how it averages."""
+    """Planted bugs: another constant in one of the two, another smoothing, Dice over the batch."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 1, 8, 8, generator=generator)
     target = (torch.rand(3, 1, 8, 8, generator=generator) > 0.7).float()
@@ -67,7 +67,7 @@ def with_gradient(values: list[float], gradient: list[float] | None) -> Tensor:
 
 
 def test_the_pull_adds_mu_times_the_distance_to_the_twin() -> None:
-    """Fails when the factor is 2 mu, when the square is forgotten, or the distance has the other sign."""
+    """Planted bugs: 2 mu; the gradient of the distance instead of its square; the other sign."""
     w = with_gradient([3.0, -1.0], [0.5, 0.5])
     idle = with_gradient([9.0], None)
 

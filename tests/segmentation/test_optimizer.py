@@ -65,7 +65,7 @@ def step(optimizer: SiteOptimizer, values: dict[str, nn.Parameter], only: str = 
 
 
 def test_moments_that_were_kept_go_on_where_they_stopped() -> None:
-    """Fails when the step count or one moment is not kept."""
+    """Planted bugs: the step count, the first and the second moment not kept."""
     whole, first = parameters(), parameters()
     one, two = SiteOptimizer(whole, CONFIG), SiteOptimizer(first, CONFIG)
     for optimizer, values in ((one, whole), (two, first)):

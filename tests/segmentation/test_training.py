@@ -44,7 +44,7 @@ def equal(one: State, two: State) -> bool:
 
 
 def test_an_easy_problem_is_learned(tmp_path: Path) -> None:
-    """Fails when masks are shuffled against images."""
+    """Planted bug: masks shuffled against images."""
     seen: list[Progress] = []
     place = easy_place(tmp_path, easy_plan(training=training(steps=30, rho=0.2, rate=1e-2)), seen.append)
 
@@ -55,7 +55,7 @@ def test_an_easy_problem_is_learned(tmp_path: Path) -> None:
 
 
 def test_the_same_round_gives_the_same_bits(tmp_path: Path) -> None:
-    """Fails when batches are drawn from a generator seeded by the clock."""
+    """Planted bug: batches drawn from a generator seeded by the clock."""
     place = easy_place(tmp_path, easy_plan())
 
     one, two = (rounds(place)[0] for _ in range(2))
@@ -71,7 +71,7 @@ def test_another_site_and_another_seed_see_other_batches(tmp_path: Path) -> None
 
 
 def test_a_round_in_a_new_process_goes_on_where_the_last_one_stopped(tmp_path: Path) -> None:
-    """Fails when moments start afresh."""
+    """Planted bug: moments that start afresh."""
     place = easy_place(tmp_path, easy_plan())
     whole, _, _ = rounds(place, 2)
     first, kept, _ = rounds(place, 1)
@@ -87,7 +87,7 @@ def test_a_round_in_a_new_process_goes_on_where_the_last_one_stopped(tmp_path: P
 
 
 def test_each_round_sees_further_batches(tmp_path: Path) -> None:
-    """Fails when batches start again at step 0; the rate is that of round 1 again."""
+    """The rate is that of round 1 again. Planted bug: batches that start again at step 0."""
     same_rate = training().model_copy(update={"restart_rounds": 1, "restart_factor": 1})
     place = easy_place(tmp_path, easy_plan(training=same_rate))
     models = [SiteModel(place.plan) for _ in range(2)]
@@ -99,7 +99,7 @@ def test_each_round_sees_further_batches(tmp_path: Path) -> None:
 
 
 def test_each_round_has_its_own_part_of_the_schedule(tmp_path: Path) -> None:
-    """Fails when the schedule starts again: AdamW's first step is as long as the rate, here half of it."""
+    """AdamW's first step is as long as the rate, here half of it. Planted bug: a schedule that starts again."""
     one_step = training(steps=1, rho=0.0, rate=1e-2).model_copy(update={"restart_rounds": 2, "weight_decay": 0.0})
     place = easy_place(tmp_path, easy_plan(training=one_step))
     model = SiteModel(place.plan)
@@ -111,7 +111,7 @@ def test_each_round_has_its_own_part_of_the_schedule(tmp_path: Path) -> None:
 
 
 def test_a_round_has_its_steps_and_each_path_its_share(tmp_path: Path) -> None:
-    """Fails when one step too many is taken, or a path moves the other path's parameters."""
+    """Planted bugs: one step too many; zero gradients, by which a path moves the other path's parameters."""
     seen: list[Progress] = []
     place = easy_place(tmp_path, easy_plan(training=training(steps=12, rho=0.25)), seen.append)
 
@@ -151,7 +151,7 @@ def test_a_step_on_the_personal_path_leaves_shared_twins_alone(tmp_path: Path) -
 
 
 def test_the_pull_holds_personal_parts_near_the_twins_that_the_round_began_with(tmp_path: Path) -> None:
-    """Fails when personal parameters are pulled to 0: they start half way between 0 and their twins."""
+    """They start half way between 0 and their twins. Planted bug: a pull to 0."""
 
     def distance(mu: float) -> float:
         plan = easy_plan(training=training(rho=0.0, rate=2e-3), strategy=StrategyConfig(proximal=mu))
@@ -193,7 +193,7 @@ def test_every_strategy_and_kind_of_attention_trains(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_round(tmp_path: Path) -> None:
-    """Fails when the loss is looked at only in the last step of all rounds, or NaN is averaged away."""
+    """Planted bugs: the loss looked at only in the last step of all rounds; NaN averaged away."""
     place = easy_place(tmp_path, easy_plan(training=training(steps=10, rate=1e25, clip=0.0)))
 
     with pytest.raises(TrainingError, match=r"site a: loss is (nan|inf) by step 10 of train"):

@@ -38,7 +38,7 @@ def test_a_federation_runs_to_its_end_and_leaves_ledger_and_model(tmp_path: Path
 
 
 def test_a_node_that_dies_is_quoted_and_ends_the_simulation(tmp_path: Path) -> None:
-    """Would fail with a display that only waits for the coordinator."""
+    """Planted bug: only the coordinator waited for, which itself waits for sites."""
     config, layout = _config(tmp_path), make_layout(tmp_path / "out", overwrite=False)
     broken = layout.home / "hospital_b" / "site.toml"
 

@@ -30,7 +30,7 @@ PARENT = [
 
 
 def test_leaving_by_an_exception_ends_every_child(tmp_path: Path) -> None:
-    """Would fail with children that are only forgotten on leaving."""
+    """Planted bug: children that are only forgotten on leaving."""
     children: list[Child] = []
 
     def fail() -> None:
@@ -52,7 +52,7 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
 
 
 def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
-    """Would fail with a signal to the child alone instead of its group."""
+    """Planted bug: a signal to the child alone instead of its group."""
     with Processes(tmp_path) as processes:
         child = processes.start("parent", PARENT)
         grandchild = int(_await_output(child.output))
@@ -65,7 +65,7 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_a_simulation_that_is_killed_outright_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Would fail without the watcher."""
+    """Planted bug: a watcher that ends nothing."""
     script = (
         "import sys, time, pathlib\n"
         "from fedoap.simulation.processes import Processes\n"

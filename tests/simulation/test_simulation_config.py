@@ -76,7 +76,7 @@ def test_the_coordinator_gets_the_whole_configuration_on_loopback(tmp_path: Path
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
-    """Would fail with `overwrite` that deletes whatever it is given."""
+    """Planted bug: `overwrite` that deletes whatever it is given."""
     (tmp_path / "thesis.txt").write_text("years of work")
 
     for overwrite in (False, True):
