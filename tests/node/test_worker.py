@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from easy_site import COUNTS, easy_plan, write_easy_site
 from fedoap.bank import merge_bank
@@ -126,7 +128,7 @@ def test_a_site_goes_through_a_whole_federation(tmp_path: Path) -> None:
 
 
 def test_no_personal_parameter_is_uploaded(tmp_path: Path) -> None:
-    """Fails when the model's whole state dict is sent."""
+    """Planted bug: the personal weights sent beside the shared ones."""
     site = Site(tmp_path)
     start = site.do("init")
     first = site.do("train", 1, model=start)
@@ -137,7 +139,7 @@ def test_no_personal_parameter_is_uploaded(tmp_path: Path) -> None:
 
 
 def test_the_same_job_gives_the_same_bytes_and_leaves_the_old_state_alone(tmp_path: Path) -> None:
-    """Fails when the job writes into `job.personal`, or a result holds a time."""
+    """Planted bugs: the new state written over `job.personal`; a time in the state."""
     site = Site(tmp_path)
     start = site.do("init")
     kept = site.do("train", 1, model=start) / "personal"
@@ -153,18 +155,24 @@ def test_the_same_job_gives_the_same_bytes_and_leaves_the_old_state_alone(tmp_pa
     assert snapshot(kept) == before
 
 
-def test_the_site_goes_on_from_its_personal_state(tmp_path: Path) -> None:
-    """Fails when weights and moments of the last round are not taken up."""
+def test_the_site_goes_on_from_its_personal_weights_and_their_moments(tmp_path: Path) -> None:
+    """Planted bugs: moments of the last round not taken up; nor its weights."""
     site = Site(tmp_path)
-    start = site.do("init")
-    first = site.do("train", 1, model=start)
-    with_state = site.job("train", 2, model=first, name="with")
-    without = site.job("train", 2, model=first, name="without").model_copy(update={"personal": None})
+    first = site.do("train", 1, model=site.do("init"))
+    kept = first / "personal"
+    other, forgetful = (shutil.copytree(kept, tmp_path / name) for name in ("other", "forgetful"))
+    weights = load_file(kept / "personal.safetensors")
+    save_file({name: value + np.float32(0.1) for name, value in weights.items()}, other / "personal.safetensors")
+    (forgetful / "optimizer.safetensors").unlink()
 
-    for job in (with_state, without):
+    jobs = [
+        site.job("train", 2, model=first, name=f"from-{place.name}").model_copy(update={"personal": place})
+        for place in (kept, other, forgetful)
+    ]
+    for job in jobs:
         carry_out(job, site.seen.append)
 
-    assert manifest(with_state.output).id != manifest(without.output).id
+    assert len({manifest(job.output).id for job in jobs}) == 3
 
 
 def test_weights_travel_in_the_plans_dtype_and_bank_sums_in_float32(tmp_path: Path) -> None:
@@ -184,6 +192,7 @@ def test_the_first_weights_follow_from_the_seed_alone(tmp_path: Path) -> None:
 
 
 def test_averaging_everything_leaves_nothing_personal(tmp_path: Path) -> None:
+    """Planted bug: `fedavg` with a personal head."""
     site = Site(tmp_path, easy_plan(strategy=StrategyConfig(name="fedavg")))
     start = site.do("init")
     site.do("train", 1, model=start)
@@ -191,6 +200,7 @@ def test_averaging_everything_leaves_nothing_personal(tmp_path: Path) -> None:
 
     last = site.do("calibrate", 3, model=start)
 
+    assert load_file(tmp_path / "train2" / "personal" / "personal.safetensors") == {}
     assert result(last).metrics["dice_test_before"] == result(last).metrics["dice_test_shared"]
 
 
@@ -219,7 +229,7 @@ def test_a_mistake_in_the_test_list_shows_in_the_first_round(tmp_path: Path) -> 
 
 
 def test_a_full_disk_is_said_and_leaves_no_result(tmp_path: Path) -> None:
-    """Fails when `result.json` is written before the tensors."""
+    """Planted bug: `result.json` written before the tensors."""
     site = Site(tmp_path)
     job = site.job("init")
     job.output.mkdir()
@@ -285,7 +295,7 @@ def test_a_job_that_is_no_job_is_said_before_torch_is_imported(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_compiler_is_not_imported_to_train(tmp_path: Path) -> None:
-    """Fails when an optimizer of torch.optim is made: that imports torch._dynamo, two seconds more."""
+    """Planted bug: an optimizer of torch.optim, which imports torch._dynamo: two seconds more."""
     site = Site(tmp_path)
     start = site.do("init")
     site.do("train", 1, model=start)
@@ -317,7 +327,7 @@ def test_a_job_that_is_asked_to_end_ends_at_once_and_leaves_no_result(tmp_path: 
 
 @pytest.mark.slow
 def test_two_processes_that_share_each_batch_agree_with_one_to_rounding(tmp_path: Path) -> None:
-    """Fails when both see the same part of a batch, or parts of 2 and 1 count alike."""
+    """Planted bugs: both see the same part of a batch; parts of 2 and 1 count alike."""
     plan = easy_plan()
     odd = plan.training.model_copy(update={"batch_size": 3})
     site = Site(tmp_path, plan.model_copy(update={"training": odd}))

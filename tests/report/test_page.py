@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError
 from fedoap.report.page import write_report
-from fedoap.report.pictures import write_picture
+from fedoap.report.pictures import REFERENCE, write_picture
 from fedoap.report.results import (
     CaseFigures,
     EvaluationFile,
@@ -28,15 +29,15 @@ SITES = ("brain", "liver", "breast")
 
 
 def test_a_page_shows_every_site_and_needs_nothing_from_outside(tmp_path: Path) -> None:
-    """Would fail with a style sheet linked from a server."""
+    """Planted bug: a style sheet linked from a server."""
     page = _report(tmp_path, _results())
 
     for name in (*SITES, "lung"):
         assert name in page
     assert page.count("<svg") == 4
     assert page.count("data:image/png;base64,") == 3
-    outside = [url for url in re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page) if url[0] not in "#d"]
-    assert outside == []
+    named = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')\s>]+)', page)
+    assert [url for url in named if not url.startswith(("#", "data:"))] == []
     assert not re.search(r"<script|@import|<link", page)
 
 
@@ -70,6 +71,7 @@ def test_what_the_coordinator_prints_makes_a_page_too(tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
+    """Planted bug: a template without autoescape."""
     evil = _results().model_copy(update={"software": "<script>alert(1)</script>"})
 
     assert "<script" not in _report(tmp_path, evil)
@@ -85,13 +87,16 @@ def test_missing_or_foreign_results_are_named(tmp_path: Path) -> None:
 
 
 def test_a_volume_is_shown_where_most_of_the_reference_lies(tmp_path: Path) -> None:
+    """Planted bug: the middle slice, which is all dark here."""
     image, reference = np.zeros((1, 16, 16, 8)), np.zeros((16, 16, 8), bool)
-    reference[4:12, 4:12, 5] = True
-    image[0, :, :, 5] = 1.0
+    reference[4:12, 4:12, 5] = reference[7, 7, 4] = True
+    image[0, :, 8:, 5] = 1.0
 
-    write_picture(tmp_path / "p.png", image, [reference, reference])
+    write_picture(tmp_path / "p.png", image, [reference, np.zeros_like(reference)])
 
-    assert (tmp_path / "p.png").stat().st_size > 100
+    pixels = np.array(Image.open(tmp_path / "p.png"))  # 18 by 18 for each of the 16 by 16
+    assert pixels.shape == (288, 288, 3)
+    assert (pixels[4 * 18, 8 * 18].tolist(), pixels[0, -1].tolist()) == (list(REFERENCE), [255] * 3)
 
 
 def _report(folder: Path, results: Results) -> str:

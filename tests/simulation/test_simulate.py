@@ -54,15 +54,17 @@ def test_a_simulation_leaves_results_and_report_and_no_process(tmp_path: Path) -
     assert "run is not empty" in again.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_simulation_that_is_stopped_ends_everything_it_started(tmp_path: Path, number: signal.Signals) -> None:
-    """Would fail for SIGKILL without the watcher and for SIGTERM without `termination_raises`."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_simulation_that_is_stopped_ends_everything_it_started(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Planted bugs: for SIGKILL a watcher that ends nothing; for SIGTERM no `termination_raises`."""
     simulation = subprocess.Popen([*_command(tmp_path), "--out", "run"], cwd=tmp_path, stderr=subprocess.DEVNULL)
     _await(lambda: len(_running_in(tmp_path)) >= 4)
 
     simulation.send_signal(number)
-    simulation.wait(60)
 
+    assert simulation.wait(60) == code
     _await(lambda: _running_in(tmp_path) == [])
 
 
