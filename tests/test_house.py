@@ -4,7 +4,9 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,15 @@ def test_every_function_but_triton_kernels_is_annotated() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_source_archive_holds_what_make_reads() -> None:
+    """Planted bug: no `constraints.txt`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    needed = ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+
+    assert [name for name in needed if not any(fnmatch(name, pattern) for pattern in included)] == []
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:
