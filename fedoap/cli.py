@@ -67,7 +67,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(epilog="Example: fedoap demo --out demo --overwrite")
 @click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder of everything it leaves.")
 @click.option("--overwrite", is_flag=True, help="Delete what an earlier simulation left there.")
 def demo(*, out: Path, overwrite: bool) -> None:

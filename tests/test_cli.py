@@ -7,20 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import fedoap
+from fedoap.cli import cli
 
 HELP_SECONDS = 0.3
 HEAVY = ("torch", "monai", "matplotlib", "scipy", "fedoap.segmentation")
 
 
 def test_help_shows_an_example_of_each_command() -> None:
-    for command in ([], ["demo"], ["simulate"], ["evaluate"], ["predict"], ["report"], ["phantoms"]):
-        said = _fedoap(*command, "--help")
+    """Planted bug: `demo` without one."""
+    shown = {name: CliRunner().invoke(cli, [name, "--help"]).output for name in cli.commands}
 
-        assert said.returncode == 0
-        assert "fedoap" in said.stdout
-    assert "Examples:" in _fedoap("--help").stdout
+    assert "Examples:\n    fedoap demo\n" in _fedoap("--help").stdout
+    assert [name for name, text in shown.items() if f"Example: fedoap {name}" not in text] == []
 
 
 def test_help_waits_for_nothing_heavy() -> None:
