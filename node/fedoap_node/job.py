@@ -6,6 +6,8 @@ and leaves in `job.output`: `result.json` (`JobResult`, written last, atomically
 `update.manifest` (the tensors to upload, perhaps none), and, where the job changed them, the new
 personal state as safetensors files under `personal/`. It never touches `job.personal`. Exit code 0
 means that `result.json` is there; 2 means that the last line of standard error says what to set right.
+Where something else may write there after the worker, as `torch.distributed.run` does, it leaves the
+same line as `error.txt` beside the job's file.
 """
 
 from pathlib import Path
@@ -17,6 +19,7 @@ JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
 """`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""
 
 RESULT = "result.json"
+ERROR = "error.txt"
 UPDATE_BLOB = "update.blob"
 UPDATE_MANIFEST = "update.manifest"
 PERSONAL = "personal"

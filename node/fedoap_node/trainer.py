@@ -1,6 +1,7 @@
 """The worker process: started for one job, listened to, ended with everything that it started."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pydantic import ValidationError
 from fedoap.config import WorkerConfig
 from fedoap.errors import StorageError
 from fedoap_node import leash
-from fedoap_node.job import JobProgress
+from fedoap_node.job import ERROR, JobProgress
 from fedoap_node.journal import rotate
 
 READ_BYTES = 1 << 16
+WORDS = re.compile(r"\w")
 GRACE_SECONDS = 10.0
 """A worker that was asked to end is killed after so long."""
 
@@ -41,14 +43,16 @@ class Trainer:
 
     Args:
         command: what to run.
+        output: folder in which the worker may leave `error.txt`.
         log: file that its standard error is appended to.
 
     Raises:
         StorageError: it cannot be started.
     """
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], output: Path, log: Path) -> None:
         rotate(log)
+        self._error = output / ERROR
         self._log = log
         self._log_start = log.stat().st_size if log.exists() else 0
         self._pending = b""
@@ -86,11 +90,11 @@ class Trainer:
         return self._process.poll()
 
     def last_words(self) -> str:
-        """Return the last line that this worker wrote on standard error."""
-        with self._log.open("rb") as log:
-            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - READ_BYTES))
-            lines = log.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")
+        """Return the line that says why the worker failed: its `error.txt`, else its last on standard error."""
+        said = _tail(self._error, 0) if self._error.is_file() else ""
+        lines = (said or _tail(self._log, self._log_start)).split("\n")
+        # the distributed launcher ends its report by a ruler
+        return next((line.strip() for line in reversed(lines) if WORDS.search(line)), "it left no message")
 
     def ask_to_end(self) -> None:
         """Ask the worker's process group to end."""
@@ -135,3 +139,9 @@ class Trainer:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+def _tail(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - READ_BYTES))
+        return file.read().decode(errors="replace")

@@ -137,7 +137,7 @@ class Work:
             path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
-        trainer = Trainer(worker_command(self._config.worker, path), self._state.folder.worker_log)
+        trainer = Trainer(worker_command(self._config.worker, path), output, self._state.folder.worker_log)
         return _Running(task, manifest, output, trainer, time.monotonic())
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
@@ -145,8 +145,8 @@ class Work:
         running.trainer.kill()  # the worker is gone; what it started may not be
         task, manifest = running.task, running.manifest
         if code != 0:
-            remove(running.output)
             words = running.trainer.last_words()
+            remove(running.output)
             return self._failed(task, manifest, f"{words} ({_ending(code)})", f"the worker {_ending(code)}")
         try:
             result = self._state.results.finish(manifest.work, running.output)

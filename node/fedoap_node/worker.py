@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 
 from fedoap.errors import ConfigError, FedoapError, StorageError, TrainingError
 from fedoap.tensors import Dtype, write_blob
-from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobProgress, JobResult
+from fedoap_node.job import ERROR, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobProgress, JobResult
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -69,12 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
     if len(given) != 1:
         sys.stderr.write("usage: python -m fedoap_node.worker JOB.json\n")
         return 2
+    job = Path(given[0])
     try:
         with _line_stream() as lines:
-            carry_out(_read(Path(given[0])), Reporter(lines))
+            carry_out(_read(job), Reporter(lines))
     except FedoapError as error:
-        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        sys.stderr.write(_leave_line(job, str(error)) + "\n")
         return 2
+    except Exception as error:
+        _leave_line(job, f"{type(error).__name__}: {error}")
+        raise
     return 0
 
 
@@ -236,6 +241,14 @@ def _read(path: Path) -> Job:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; it is no job") from None
+
+
+def _leave_line(job: Path, text: str) -> str:
+    """Return the text as one line and leave it beside the job's file, unless another process failed before."""
+    line = " ".join(text.split())
+    with suppress(OSError), (job.parent / ERROR).open("x", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return line
 
 
 def _write(job: Job, outcome: Outcome, result: JobResult) -> None:

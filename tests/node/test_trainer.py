@@ -15,7 +15,7 @@ from fedoap_node.trainer import Trainer, worker_command
 
 
 def started(tmp_path: Path, code: str) -> Trainer:
-    return Trainer([sys.executable, "-c", code], tmp_path / "worker.log")
+    return Trainer([sys.executable, "-c", code], tmp_path, tmp_path / "worker.log")
 
 
 def exit_code(trainer: Trainer) -> int:
@@ -82,6 +82,25 @@ def test_a_worker_that_says_nothing_leaves_none_of_its_forerunner_s_words(tmp_pa
     trainer.kill()
 
 
+def test_a_line_left_beside_the_job_counts_more_than_what_a_launcher_says_last(tmp_path: Path) -> None:
+    """Planted bug: standard error read alone."""
+    (tmp_path / "error.txt").write_text("no case has a mask\n")
+    trainer = started(tmp_path, "import sys; sys.exit('ChildFailedError: exitcode 2')")
+    exit_code(trainer)
+
+    assert trainer.last_words() == "no case has a mask"
+    trainer.kill()
+
+
+def test_a_ruler_is_no_last_word(tmp_path: Path) -> None:
+    """Planted bug: the last line that is not blank, which is "=====" after the launcher's report."""
+    trainer = started(tmp_path, "import sys; sys.exit('Signal 9 (SIGKILL) received by PID 7\\n' + '=' * 60)")
+    exit_code(trainer)
+
+    assert trainer.last_words() == "Signal 9 (SIGKILL) received by PID 7"
+    trainer.kill()
+
+
 def test_ending_a_worker_ends_what_it_started(tmp_path: Path) -> None:
     """Planted bug: a signal to the worker alone, not to its group."""
     child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
@@ -103,7 +122,7 @@ import sys, time
 from pathlib import Path
 from fedoap_node.trainer import Trainer
 worker = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-trainer = Trainer([sys.executable, "-c", worker], Path(sys.argv[1]))
+trainer = Trainer([sys.executable, "-c", worker], Path(sys.argv[1]).parent, Path(sys.argv[1]))
 while True:
     trainer.progress()
     time.sleep(0.01)
@@ -130,7 +149,7 @@ def test_a_worker_s_group_can_be_killed_after_it_ended(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_not_there_ends_with_words_that_name_it(tmp_path: Path) -> None:
-    trainer = Trainer(["no-such-worker"], tmp_path / "worker.log")
+    trainer = Trainer(["no-such-worker"], tmp_path, tmp_path / "worker.log")
 
     assert exit_code(trainer) != 0
     assert "no-such-worker" in trainer.last_words()
@@ -139,4 +158,4 @@ def test_a_command_that_is_not_there_ends_with_words_that_name_it(tmp_path: Path
 
 def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="worker: "):
-        Trainer(["true"], tmp_path / "nowhere" / "worker.log")
+        Trainer(["true"], tmp_path, tmp_path / "nowhere" / "worker.log")

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from fedoap.errors import ConfigError, DataError, StorageError
 from fedoap.segmentation.descent import Progress
 from fedoap.segmentation.modelfolder import load_model
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
+from fedoap_node import worker as worker_module
 from fedoap_node.job import Job, JobKind, JobProgress, JobResult
-from fedoap_node.worker import Reporter, carry_out
+from fedoap_node.trainer import Trainer
+from fedoap_node.worker import Reporter, carry_out, main
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
@@ -343,3 +346,40 @@ def test_two_processes_that_share_each_batch_agree_with_one_to_rounding(tmp_path
     assert np.abs(expected - found).max() < 0.01 * np.abs(expected - first).max()
     dice = result(alone.output).metrics["dice_validation"]
     assert result(together.output).metrics["dice_validation"] == pytest.approx(dice, abs=0.01)
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_fail_the_node_tells_the_one_line_that_a_single_one_writes(tmp_path: Path) -> None:
+    """Planted bug: no `error.txt`, so that the last words are those of the launcher's traceback."""
+    job = Site(tmp_path).job("train", 1)
+    job.output.mkdir()
+    (job.output / "job.json").write_text(job.model_dump_json())
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, "-m", "fedoap_node.worker", str(job.output / "job.json")]
+
+    trainer = Trainer(command, job.output, tmp_path / "worker.log")
+    deadline = time.monotonic() + 100
+    while trainer.exit_code() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer.kill()
+
+    assert trainer.exit_code() != 0
+    assert trainer.last_words() == "job train: names no model, but works on one"
+
+
+def test_an_error_that_nobody_foresaw_leaves_its_line_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Planted bug: `error.txt` for a `FedoapError` alone."""
+    path = tmp_path / "job.json"
+    path.write_text(Site(tmp_path).job("init").model_dump_json())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("NCCL error:\nunhandled system error")
+
+    monkeypatch.setattr(worker_module, "carry_out", fail)
+    with pytest.raises(RuntimeError):
+        main([str(path)])
+
+    assert (tmp_path / "error.txt").read_text() == "RuntimeError: NCCL error: unhandled system error\n"
