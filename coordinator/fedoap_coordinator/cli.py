@@ -128,10 +128,21 @@ def export(context: click.Context, folder: Path, config_path: Path | None) -> No
 def main() -> None:
     """Run the command line; what a user can set right is one line and exit code 2."""
     try:
-        cli.main(prog_name="fedoap-coordinator", standalone_mode=True)
+        cli.main(prog_name="fedoap-coordinator", standalone_mode=False)
+    except click.ClickException as error:
+        sys.exit(_complain(error.format_message()))
+    except click.Abort:
+        sys.exit(130)
     except FedoapError as error:
-        click.echo(f"fedoap-coordinator: {error}", err=True)
-        sys.exit(2)
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        sys.exit(_complain(f"{error.filename or 'disk'}: the system refused: {error.strerror}"))
+
+
+def _complain(text: str) -> int:
+    one_line = " ".join(text.split())
+    click.echo(f"fedoap-coordinator: {one_line}", err=True)
+    return 2
 
 
 def _load(context: click.Context, path: Path | None) -> FederationConfig:

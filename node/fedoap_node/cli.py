@@ -122,13 +122,19 @@ def main() -> None:
     try:
         cli.main(prog_name="fedoap-node", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        sys.exit(_complain(error.format_message()))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except FedoapError as error:
-        click.echo(f"fedoap-node: {error}", err=True)
-        sys.exit(2)
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        sys.exit(_complain(f"{error.filename or 'disk'}: the system refused: {error.strerror}"))
+
+
+def _complain(text: str) -> int:
+    one_line = " ".join(text.split())
+    click.echo(f"fedoap-node: {one_line}", err=True)
+    return 2
 
 
 def _check(config: SiteConfig, folder: SiteFolder) -> None:

@@ -97,7 +97,8 @@ def _record(path: Path) -> FederationRecord:
         raise IdentityError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise IdentityError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise IdentityError(f"{path}: {place}: {first['msg'].lower()}; it is not what joining wrote") from None
 
 
 def _certificate(path: Path) -> Certificate:

@@ -240,7 +240,8 @@ def _read(path: Path) -> Job:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; it is no job") from None
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise ConfigError(f"{path}: {place}: {first['msg']}; it is no job") from None
 
 
 def _leave_line(job: Path, text: str) -> str:
