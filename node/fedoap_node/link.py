@@ -13,7 +13,7 @@ from enum import Enum
 
 import zmq
 
-from fedoap.errors import MessageError
+from fedoap.errors import ConfigError, MessageError
 from fedoap.identity import KeyPair
 from fedoap.messages import (
     CHUNK_BYTES,
@@ -64,7 +64,11 @@ class Address:
 
 
 class Link:
-    """The connection, up or down."""
+    """The connection, up or down.
+
+    Raises:
+        ConfigError: the address is none that can be dialled.
+    """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: Address, keys: KeyPair) -> None:
         self._endpoint = address.endpoint
@@ -74,7 +78,12 @@ class Link:
         self.up = False
         self._failures = 0
         self._dial_at: float | None = None
-        self.socket.connect(self._endpoint)
+        try:
+            self.socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            reason = (error.strerror or "unknown reason").lower()
+            raise ConfigError(f"coordinator's address is {self._endpoint}, but cannot be dialled: {reason}") from None
 
     def news(self, now: float) -> Iterator[News]:
         """Yield what happened since the last call."""

@@ -7,7 +7,7 @@ import zmq
 import zmq.auth.thread
 from zmq.utils import z85
 
-from fedoap.errors import MessageError
+from fedoap.errors import ConfigError, MessageError
 from fedoap.identity import KeyPair, curve_keys
 from fedoap.messages import Bye, Idle, Open, encode
 from fedoap_node.link import Address, Link, News
@@ -138,6 +138,12 @@ def test_pauses_between_failed_handshakes_grow(door: Door, dial: Callable[..., L
         wait_for(link, News.STRANGER)
 
     assert time.monotonic() - started > 0.1 + 0.2 + 0.4
+
+
+def test_an_address_to_listen_at_cannot_be_dialled_and_is_named(dial: Callable[..., Link]) -> None:
+    """Planted bug: libzmq's error let through."""
+    with pytest.raises(ConfigError, match=r"address is tcp://\*:7470, but cannot be dialled: invalid argument"):
+        dial("tcp://*:7470")
 
 
 def test_nobody_at_the_address_is_told_and_the_link_comes_up_later(context: Context, dial: Callable[..., Link]) -> None:
