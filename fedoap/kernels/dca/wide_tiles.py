@@ -101,9 +101,9 @@ def dot_precision(problem: Problem) -> Precision:
 TABLE: dict[tuple[Hardware, Numbers], Tiles] = {
     ("hopper", "half"): Tiles(
         scores=Tile(128, 128, 64, 8, 4),
-        average=Tile(128, 128, 64, 8, 3),
+        average=Tile(64, 256, 64, 8, 3),
         slopes=Tile(128, 128, 64, 8, 4),
-        contract=Tile(128, 128, 64, 8, 3),
+        contract=Tile(64, 256, 64, 8, 3),
     ),
     ("ampere", "half"): Tiles(
         scores=Tile(128, 128, 64, 8, 3),
