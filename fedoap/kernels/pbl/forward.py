@@ -144,7 +144,7 @@ def _store(partial_ptr, bce, p, y, py, bce_change, p_change, py_change):
 
 @triton.jit
 def _column(partial_ptr, index, mask):
-    return tl.sum(tl.load(partial_ptr + index, mask=mask, other=0.0), axis=1)
+    return tl.load(partial_ptr + index, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -166,9 +166,10 @@ def finalize_kernel(
     for start in range(0, batch, SAMPLES):
         sample = (start + tl.arange(0, SAMPLES)).to(tl.int64)
         exists = sample < batch
-        bce = tl.zeros([SAMPLES], loss.dtype)
+        # reduced after the loop: Triton 3.6 aborts on a reduction in a loop whose result is used twice
+        bce = tl.zeros([SAMPLES, PROGRAMS], loss.dtype)
         p, y, py, bce_change, p_change, py_change = bce, bce, bce, bce, bce, bce
-        voxels = tl.zeros([SAMPLES], tl.int64)
+        voxels = tl.zeros([SAMPLES, PROGRAMS], tl.int64)
         for first in range(0, programs, PROGRAMS):
             program = first + tl.arange(0, PROGRAMS)[None, :]
             index = sample[:, None] * programs + program
@@ -180,7 +181,14 @@ def finalize_kernel(
             bce_change += _column(partial_ptr + 4 * n, index, mask)
             p_change += _column(partial_ptr + 5 * n, index, mask)
             py_change += _column(partial_ptr + 6 * n, index, mask)
-            voxels += tl.sum(tl.load(count_ptr + index, mask=mask, other=0).to(tl.int64), axis=1)
+            voxels += tl.load(count_ptr + index, mask=mask, other=0)
+        bce, p, y, py = tl.sum(bce, axis=1), tl.sum(p, axis=1), tl.sum(y, axis=1), tl.sum(py, axis=1)
+        bce_change, p_change, py_change = (
+            tl.sum(bce_change, axis=1),
+            tl.sum(p_change, axis=1),
+            tl.sum(py_change, axis=1),
+        )
+        voxels = tl.sum(voxels, axis=1)
         clean = _sample_loss(bce, p, y, py, volume, smooth)
         noisy = _sample_loss(bce + bce_change, p + p_change, y, py + py_change, volume, smooth)
         loss += tl.where(exists, (1.0 - lam) * clean + lam * noisy, 0.0)

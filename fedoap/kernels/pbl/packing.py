@@ -1,8 +1,9 @@
 """Bands of any radius but 1: both sides of z > 0 as one bit a voxel, dilated by one step `radius` times.
 
 A word holds 32 voxels of a row, so a step costs a 32nd of a pass over the logits and the whole grows
-with the radius alone, not with its square or cube. Bits beyond a row's end stay 0: nothing comes in over
-the border. The band that remains is kept for the backward pass, a bit a voxel.
+with the radius alone, not with its square or cube. Bits beyond a row's end begin as 0; what grows into
+them and back takes no fewer steps than along the border, so nothing comes in from there. The band that
+remains is kept for the backward pass, a bit a voxel.
 """
 
 import torch
@@ -65,9 +66,9 @@ def _grown(ptr, index, exists, plane, row, column, depth, rows, line, CROSS: tl.
     return grown
 
 
-@triton.jit(do_not_specialize=["depth", "rows", "line", "width", "n_words"])
+@triton.jit(do_not_specialize=["depth", "rows", "line", "n_words"])
 def grow_kernel(
-    sides_ptr, out_ptr, depth, rows, line, width, n_words,
+    sides_ptr, out_ptr, depth, rows, line, n_words,
     CROSS: tl.constexpr, TALL: tl.constexpr, LAST: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Write both sides dilated by one step; in the last step, what they share: the band, (B, lines, line)."""
@@ -78,10 +79,6 @@ def grow_kernel(
     plane = word // line // rows % depth
     inside = _grown(sides_ptr, word, exists, plane, row, column, depth, rows, line, CROSS, TALL)
     outside = _grown(sides_ptr + n_words, word, exists, plane, row, column, depth, rows, line, CROSS, TALL)
-    left = width - column * 32  # bits of the word that are voxels
-    valid = tl.where(left >= 32, -1, (tl.full([WORDS], 1, tl.int64) << tl.minimum(left, 32)) - 1)
-    inside &= valid.to(tl.uint32)
-    outside &= valid.to(tl.uint32)
     if LAST:
         tl.store(out_ptr + word, (inside & outside).to(tl.int32, bitcast=True), mask=exists)
     else:
@@ -107,7 +104,7 @@ def marks_of(march: March, recipe: Recipe) -> Tensor:
         for step in range(1, recipe.radius + 1):
             last = step == recipe.radius
             grow_kernel[grid](
-                sides, marks if last else spare, march.depth, march.rows, line, width, n_words,
+                sides, marks if last else spare, march.depth, march.rows, line, n_words,
                 march.cross, march.rows > 1, last, _WORDS, num_warps=_WARPS,
             )  # fmt: skip
             sides, spare = spare, sides

@@ -39,7 +39,7 @@ def loss_and_gradient(z: Tensor, y: Tensor, region: Region, radius: int = 1) -> 
 def test_loss_gradient_and_region_are_the_plain_ones(
     shape: tuple[int, ...], region: Region, dtype: torch.dtype
 ) -> None:
-    """The region bit for bit. Planted bugs: those of the interpreted tests."""
+    """The region bit for bit."""
     z, y = case(shape, dtype)
 
     loss, gradient = loss_and_gradient(z, y, region)
@@ -83,7 +83,6 @@ def test_soft_targets_and_float64() -> None:
 
 @pytest.mark.parametrize(("shape", "radius"), [(IMAGES, 1), (VOLUMES, 1), ((4, 1, 300, 300), 3)])
 def test_two_hundred_runs_give_the_same_bits(shape: tuple[int, ...], radius: int) -> None:
-    """Would fail with sums by float atomics, or a load that races a store."""
     z, y = case(shape)
     loss, gradient = loss_and_gradient(z, y, "both", radius)
 
@@ -95,7 +94,6 @@ def test_two_hundred_runs_give_the_same_bits(shape: tuple[int, ...], radius: int
 
 @pytest.mark.parametrize("radius", [1, 2])
 def test_a_graph_replays_with_another_seed_and_image(radius: int) -> None:
-    """Would fail with a seed read on the host, and with anything that waits for the GPU."""
     z, y = case((4, 1, 128, 128))
     seed = torch.tensor(1, device="cuda")
     static = z.clone().requires_grad_()
@@ -147,7 +145,7 @@ def test_a_target_outside_0_to_1_makes_the_loss_nan() -> None:
 
 
 def test_more_than_two_to_the_31_voxels() -> None:
-    """The last sample alone differs from zero. Would fail with offsets or noise counters of 32 bits."""
+    """The last sample alone has a region, beyond offsets and noise counters of 32 bits."""
     side, batch = 8192, 33  # 2.2e9 voxels
     if torch.cuda.mem_get_info()[0] < 14 * side * side * batch // 2:
         pytest.skip("needs 15 GB of free memory")

@@ -109,7 +109,7 @@ def test_loss_gradient_and_region_match_the_formulas(shape: tuple[int, ...], reg
 @pytest.mark.parametrize("shape", [(2, 1, 6, 16), (2, 1, 9, 35), (2, 1, 4, 5, 8)])
 @pytest.mark.parametrize("radius", [0, 1, 2, 3])
 def test_bands_of_any_radius_are_scipys(shape: tuple[int, ...], radius: int, element: Element) -> None:
-    """Planted bugs: the last word's unused bits kept, a cross with corners, one step too few."""
+    """Planted bugs: a cross with corners, one step too few."""
     z, y = case(shape)
     recipe = replace(RECIPE, region="band", radius=radius, element=element)
 
@@ -157,7 +157,7 @@ def test_sizes_around_a_tile(size: int, region: Region) -> None:
     check(z, y, replace(RECIPE, region=region), Tiles(lanes=64, warps=1, steps=4))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(
     st.integers(1, 2), st.lists(st.integers(1, 9), min_size=2, max_size=3), st.sampled_from(["error", "band", "both"]),
     st.sampled_from(["square", "cross"]), st.sampled_from([1, 2]), st.sampled_from([16, 64]), st.integers(1, 5),
@@ -249,11 +249,13 @@ def test_a_logit_that_is_nan_makes_the_loss_nan_and_leaves_the_region_defined(re
     assert np.array_equal(computed.region.numpy(), expected)
 
 
+@pytest.mark.parametrize("radius", [1, 2])
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_a_mask_without_edge_has_no_band(sign: float) -> None:
-    z = torch.full((2, 1, 6, 8), 3 * sign)
+def test_a_mask_without_edge_has_no_band(sign: float, radius: int) -> None:
+    """Planted bug: bits beyond a row's end taken for voxels outside the mask."""
+    z = torch.full((2, 1, 3, 35), 3 * sign)
 
-    computed = compute(z, torch.ones(z.shape, dtype=torch.bool), replace(RECIPE, region="band"))
+    computed = compute(z, torch.ones(z.shape, dtype=torch.bool), replace(RECIPE, region="band", radius=radius))
 
     assert computed.found.voxels.tolist() == [0, 0]
     assert torch.equal(computed.found.clean, computed.found.perturbed)
