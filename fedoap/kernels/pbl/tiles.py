@@ -24,7 +24,7 @@ class Tiles:
 
 
 FINALIZE_WARPS = 16
-_FINALIZE_VALUES = 2048
+_FINALIZE_VALUES = 1024
 _FEWEST_STEPS = 4
 _WARPS_WANTED = 132 * 32
 """A march is shortened until this many warps are at work; a constant, so that bits do not depend on the card."""
