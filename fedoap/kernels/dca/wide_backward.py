@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fedoap.kernels.dca.problem import Attended, Gradients, Problem, Wanted, unfilled_gradients
-from fedoap.kernels.dca.wide_chunks import Backward, chunks, inner_contiguous
+from fedoap.kernels.dca.wide_chunks import Backward, chunks
 from fedoap.kernels.dca.wide_contract import column_sum, contract
-from fedoap.kernels.dca.wide_forward import LOG2E, base2_logits, logits_tile, rounded
+from fedoap.kernels.dca.wide_forward import LOG2E, base2_logits, in_elements, logits_tile, rounded
+from fedoap.kernels.dca.wide_strides import aligned_rows, in_units, inner_contiguous, unit, with_aligned_rows
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision, tiles_for
 
 
@@ -45,7 +46,7 @@ def _row_products(
 def delta_kernel(
     dout_ptr, out_ptr, bank_out_ptr, gate_ptr, dlse_ptr, delta_ptr, dgate_ptr,
     dout_b, dout_h, dout_n, out_b, out_h, out_n, gate_b, gate_h, gate_n, heads, rows, lse_s,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write delta (S, B, H, N) and, where wanted, the gate's gradient (B, H, N); gated, `out` is its local part."""
     WIDE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -55,6 +56,8 @@ def delta_kernel(
     row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     live = row < rows
     at = bh * rows + row
+    dout_b, dout_h, dout_n = in_elements(dout_b, dout_h, dout_n, UNIT)
+    out_b, out_h, out_n = in_elements(out_b, out_h, out_n, UNIT)
     dout_at = dout_ptr + b * dout_b + h * dout_h + row.to(tl.int64) * dout_n
     out_at = b * out_b + h * out_h + row.to(tl.int64) * out_n
     delta = _row_products(dout_at, out_ptr + out_at, row, rows, D, ROWS, COLUMNS, WIDE)
@@ -80,8 +83,8 @@ def slopes_kernel(
     gate_b, gate_h, gate_n, dout_b, dout_h, dout_n, lse_s, lse_b, lse_h, saved_b, saved_h,
     pivots_b, pivots_h, pivots_t, sums_b, sums_r, sums_h,
     heads, rows, length, slots, local_tiles, tiles, scale2,
-    D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write gradients of the logits and, where wanted, weights times gate (B, H, N, tiles PADDED) of one tile.
 
@@ -96,6 +99,12 @@ def slopes_kernel(
     b, h = bh // heads, bh % heads
     row = (block % blocks) * ROWS + tl.arange(0, ROWS)
     live = row < rows
+    q_b, q_h, q_n = in_elements(q_b, q_h, q_n, UNIT)
+    k_b, k_h, k_n = in_elements(k_b, k_h, k_n, UNIT)
+    v_b, v_h, v_n = in_elements(v_b, v_h, v_n, UNIT)
+    _, bank_k_h, bank_k_n = in_elements(0, bank_k_h, bank_k_n, UNIT)
+    _, bank_v_h, bank_v_n = in_elements(0, bank_v_h, bank_v_n, UNIT)
+    dout_b, dout_h, dout_n = in_elements(dout_b, dout_h, dout_n, UNIT)
     is_local = tile < local_tiles * SPLIT
     key = tl.where(is_local, tile, tile - local_tiles * SPLIT) * KEYS + tl.arange(0, KEYS)
     keys = tl.where(is_local, length, slots)
@@ -148,7 +157,7 @@ def backward(
 ) -> Gradients:
     """Return the gradients of sum(out * dout) + sum(lse * dlse) that are wanted."""
     tiles = tiles or tiles_for(problem)
-    dout = inner_contiguous(dout)
+    problem, dout = with_aligned_rows(problem), aligned_rows(inner_contiguous(dout))
     gradients = unfilled_gradients(problem, wanted)
     delta = _delta(problem, attended, dout, dlse, gradients.gate)
     if any((wanted.q, wanted.k, wanted.v, wanted.bank_k, wanted.bank_v, wanted.bias)):
@@ -168,9 +177,9 @@ def _delta(
     rows, columns = 16, max(16, min(256, triton.next_power_of_2(channels)))
     delta_kernel[(triton.cdiv(queries, rows) * batch * heads,)](
         dout, out, attended.bank_out, gate, None if dlse is None else dlse.contiguous(), delta, dgate,
-        *dout.stride()[:3], *out.stride()[:3], *((0, 0, 0) if gate is None else gate.stride()),
+        *in_units(dout), *in_units(out), *((0, 0, 0) if gate is None else gate.stride()),
         heads, queries, batch * heads * queries,
-        D=channels, ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2, enable_fp_fusion=True,
+        D=channels, UNIT=unit(channels), ROWS=rows, COLUMNS=columns, num_warps=4, num_stages=2, enable_fp_fusion=True,
     )  # fmt: skip
     return delta
 
@@ -215,13 +224,13 @@ def _slopes(part: Backward, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
         slopes_kernel[(programs,)](
             q, k, bank_k, v, bank_v, bias, gate, dout, part.attended.lse, part.delta,
             saved, pivots, slopes, weights, columns,
-            *q.stride()[:3], *k.stride()[:3], *bank_k.stride()[:2], *v.stride()[:3], *bank_v.stride()[:2],
+            *in_units(q), *in_units(k), *in_units(bank_k), *in_units(v), *in_units(bank_v),
             0 if bias is None else bias.stride(0), *((0, 0, 0) if gate is None else gate.stride()),
-            *dout.stride()[:3], *((0, *part.delta.stride()[:2]) if gate is None else part.delta.stride()[:3]),
+            *in_units(dout), *((0, *part.delta.stride()[:2]) if gate is None else part.delta.stride()[:3]),
             *((0, 0) if saved is None else saved.stride()[:2]), *((0, 0, 0) if pivots is None else pivots.stride()[:3]),
             *((0, 0, 0) if columns is None else columns.stride()[:3]),
             heads, queries, length, slots, tiles.count(length), count, problem.scale * LOG2E.value,
-            D=channels, PADDED=padded, ROWS=tile.rows, KEYS=tile.columns, INNER=tile.inner,
+            D=channels, UNIT=unit(channels), PADDED=padded, ROWS=tile.rows, KEYS=tile.columns, INNER=tile.inner,
             PRECISION=dot_precision(problem), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return slopes, weights

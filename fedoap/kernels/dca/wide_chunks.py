@@ -132,8 +132,3 @@ def chunks(problem: Problem, row_bytes: int, limit: int, block: int) -> Iterator
 def _slices(count: int, step: int) -> Iterator[slice]:
     # a batch of nothing is one part too: the bank's gradients are then 0, which somebody has to write
     return (slice(start, min(start + step, count)) for start in range(0, max(1, count), max(1, step)))
-
-
-def inner_contiguous(x: Tensor) -> Tensor:
-    """Return x, copied where neighbours on its last axis are not neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()

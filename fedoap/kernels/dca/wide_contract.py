@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fedoap.kernels.dca.wide_chunks import Backward
+from fedoap.kernels.dca.wide_forward import in_elements
+from fedoap.kernels.dca.wide_strides import in_units, unit
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision
 
 
@@ -73,14 +75,14 @@ def _query_gradient(
         "local_tiles", "tiles", "phase",
     ]
 )  # fmt: skip
-def contract_kernel(
+def contract_kernel(  # noqa: PLR0915 - one launch for all products keeps a GPU full
     slopes_ptr, weights_ptr, q_ptr, dout_ptr, k_ptr, bank_ptr,
     dq_ptr, dk_ptr, dv_ptr, dbank_k_ptr, dbank_v_ptr, local_sum_ptr, bank_sum_ptr,
     q_b, q_h, q_n, dout_b, dout_h, dout_n, k_b, k_h, k_n, bank_h, bank_n, dq_b, dq_h, dq_n,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n, dbank_k_h, dbank_k_n, dbank_v_h, dbank_v_n, bank_sum_s,
     bank_keys, bank_values, query, local_keys, batch, heads, rows, length, slots, local_tiles, tiles, scale, phase,
-    D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of one gradient.
 
@@ -93,6 +95,15 @@ def contract_kernel(
     program = tl.program_id(0)
     width = tiles * KEYS
     of_bank = bank_keys + bank_values
+    q_b, q_h, q_n = in_elements(q_b, q_h, q_n, UNIT)
+    dout_b, dout_h, dout_n = in_elements(dout_b, dout_h, dout_n, UNIT)
+    k_b, k_h, k_n = in_elements(k_b, k_h, k_n, UNIT)
+    _, bank_h, bank_n = in_elements(0, bank_h, bank_n, UNIT)
+    dq_b, dq_h, dq_n = in_elements(dq_b, dq_h, dq_n, UNIT)
+    dk_b, dk_h, dk_n = in_elements(dk_b, dk_h, dk_n, UNIT)
+    dv_b, dv_h, dv_n = in_elements(dv_b, dv_h, dv_n, UNIT)
+    _, dbank_k_h, dbank_k_n = in_elements(0, dbank_k_h, dbank_k_n, UNIT)
+    _, dbank_v_h, dbank_v_n = in_elements(0, dbank_v_h, dbank_v_n, UNIT)
     if (program >= of_bank) & (program < of_bank + query):
         index = program - of_bank
         channel = (index % SLICES) * COLUMNS + tl.arange(0, COLUMNS)
@@ -186,13 +197,13 @@ def contract(part: Backward, slopes: Tensor, weights: Tensor | None, phase: int,
     contract_kernel[(sum(counts),)](
         slopes, slopes if weights is None else weights, q, dout, k, bank_k,
         dq, dk, dv, dbank_k, dbank_v, local_sum, bank_sum,
-        *q.stride()[:3], *dout.stride()[:3], *k.stride()[:3], *bank_k.stride()[:2], *dq.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3], *dbank_k.stride()[:2], *dbank_v.stride()[:2],
+        *in_units(q), *in_units(dout), *in_units(k), *in_units(bank_k), *in_units(dq),
+        *in_units(dk), *in_units(dv), *in_units(dbank_k), *in_units(dbank_v),
         0 if bank_sum is None else bank_sum.stride(0),
         *counts[:4], batch, heads, queries, length, slots,
         tiles.count(length), tiles.count(length) + tiles.count(slots), problem.scale, phase,
-        D=channels, KEYS=tiles.scores.columns, ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner,
-        PRECISION=dot_precision(problem),
+        D=channels, UNIT=unit(channels), KEYS=tiles.scores.columns, ROWS=tile.rows, COLUMNS=tile.columns,
+        INNER=tile.inner, PRECISION=dot_precision(problem),
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 

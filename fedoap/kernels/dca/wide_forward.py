@@ -22,11 +22,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fedoap.kernels.dca.problem import Attended, Problem, unfilled
-from fedoap.kernels.dca.wide_chunks import chunks, inner_contiguous
+from fedoap.kernels.dca.wide_chunks import chunks
+from fedoap.kernels.dca.wide_strides import in_units, inner_contiguous, unit, with_aligned_rows
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision, tiles_for
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def in_elements(b, h, n, UNIT: tl.constexpr):
+    """Return strides that came in units: a compiler that knows the unit loads as many elements at a time."""
+    unit = tl.full([], UNIT, tl.int64)
+    return b * unit, h * unit, n * unit
 
 
 @triton.jit
@@ -75,7 +83,8 @@ def scores_kernel(
     q_ptr, k_ptr, bank_ptr, bias_ptr, weights_ptr, pivots_ptr, sums_ptr,
     q_b, q_h, q_n, k_b, k_h, k_n, bank_h, bank_n, bias_h,
     heads, rows, length, slots, local_tiles, tiles, scale2,
-    D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the weights (B, H, N, tiles KEYS) of one tile, its pivots and row sums (B, H, tiles, N)."""
     # tiles of one block of rows are neighbours, so that its queries are read from memory once
@@ -86,6 +95,9 @@ def scores_kernel(
     b, h = bh // heads, bh % heads
     row = (block % blocks) * ROWS + tl.arange(0, ROWS)
     is_local = tile < local_tiles
+    q_b, q_h, q_n = in_elements(q_b, q_h, q_n, UNIT)
+    k_b, k_h, k_n = in_elements(k_b, k_h, k_n, UNIT)
+    _, bank_h, bank_n = in_elements(0, bank_h, bank_n, UNIT)
     key = tl.where(is_local, tile, tile - local_tiles) * KEYS + tl.arange(0, KEYS)
     keys = tl.where(is_local, length, slots)
     products = logits_tile(
@@ -161,8 +173,8 @@ def average_kernel(
     weights_ptr, pivots_ptr, sums_ptr, v_ptr, bank_ptr, gate_ptr, out_ptr, lse_ptr, local_out_ptr, bank_out_ptr,
     v_b, v_h, v_n, bank_h, bank_n, gate_b, gate_h, gate_n, out_b, out_h, out_n, lse_s, lse_b, lse_h,
     heads, rows, length, slots, local_tiles, tiles,
-    D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of the output (B, H, N, D), its parts where gated, and the natural log-sum-exp (S, B, H, N)."""
     WIDE: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -175,6 +187,9 @@ def average_kernel(
     b, h = bh // heads, bh % heads
     row = (block % blocks) * ROWS + tl.arange(0, ROWS)
     channel = slice_ * COLUMNS + tl.arange(0, COLUMNS)
+    v_b, v_h, v_n = in_elements(v_b, v_h, v_n, UNIT)
+    _, bank_h, bank_n = in_elements(0, bank_h, bank_n, UNIT)
+    out_b, out_h, out_n = in_elements(out_b, out_h, out_n, UNIT)
     weights_ptr += bh * rows * (tiles * KEYS)
     pivots_ptr += bh * tiles * rows
     sums_ptr += bh * tiles * rows
@@ -220,6 +235,7 @@ def _store_lse(lse_ptr, top, total, row, rows):
 def forward(problem: Problem, tiles: Tiles | None = None) -> Attended:
     """Return attention and log-sum-exp, and what backward needs besides."""
     tiles = tiles or tiles_for(problem)
+    problem = with_aligned_rows(problem)
     attended = unfilled(problem)
     if tiles.keeps_weights(problem):
         weights, pivots = _launch(problem, attended, tiles)
@@ -240,11 +256,12 @@ def _launch(problem: Problem, attended: Attended, tiles: Tiles) -> tuple[Tensor,
     programs = triton.cdiv(channels, tile.columns) * triton.cdiv(queries, tile.rows) * batch * heads
     average_kernel[(programs,)](
         weights, pivots, sums, v, bank_v, gate, out, lse, attended.local_out, attended.bank_out,
-        *v.stride()[:3], *bank_v.stride()[:2], *((0, 0, 0) if gate is None else gate.stride()), *out.stride()[:3],
+        *in_units(v), *in_units(bank_v), *((0, 0, 0) if gate is None else gate.stride()), *in_units(out),
         *((0, *lse.stride()[:2]) if gate is None else lse.stride()[:3]),
         heads, queries, length, slots, tiles.count(length), tiles.count(length) + tiles.count(slots),
-        D=channels, KEYS=tiles.scores.columns, ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner,
-        PRECISION=dot_precision(problem), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        D=channels, UNIT=unit(channels), KEYS=tiles.scores.columns, ROWS=tile.rows, COLUMNS=tile.columns,
+        INNER=tile.inner, PRECISION=dot_precision(problem),
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return weights, pivots
 
@@ -261,9 +278,9 @@ def _score(problem: Problem, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
     if count:
         scores_kernel[(count * triton.cdiv(queries, tile.rows) * batch * heads,)](
             q, k, bank_k, bias, weights, pivots, sums,
-            *q.stride()[:3], *k.stride()[:3], *bank_k.stride()[:2], 0 if bias is None else bias.stride(0),
+            *in_units(q), *in_units(k), *in_units(bank_k), 0 if bias is None else bias.stride(0),
             heads, queries, length, slots, local_tiles, count, problem.scale * LOG2E.value,
-            D=channels, ROWS=tile.rows, KEYS=tile.columns, INNER=tile.inner, PRECISION=dot_precision(problem),
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            D=channels, UNIT=unit(channels), ROWS=tile.rows, KEYS=tile.columns, INNER=tile.inner,
+            PRECISION=dot_precision(problem), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return weights, pivots, sums

@@ -115,7 +115,7 @@ def test_any_number_of_slots_matches_the_formula(slots: int, gated: bool) -> Non
 
 @pytest.mark.parametrize("channels", [512, 1024])
 def test_repeating_changes_no_bit(channels: int) -> None:
-    """Every sum has one order: 200 repeats, among them some beside other work on the GPU."""
+    """Every sum has one order."""
     of = problem(channels, torch.bfloat16, "ieee", gated=True)
     first = tensors(both_passes(of))
 

@@ -180,14 +180,14 @@ def test_each_precision_keeps_its_tolerance(sizes: Sizes, dtype: torch.dtype, pr
     check(of, *upstream(of), TOLERANCE[dtype, precision])
 
 
-@pytest.mark.parametrize(("dtype", "precision"), TOLERANCE)
-def test_each_precision_keeps_its_tolerance_on_large_inputs(dtype: torch.dtype, precision: Precision) -> None:
-    """Inputs of 5 make logits of 100, and an error of a logit one of a weight: exact products have to be exact."""
-    of = problem(SAVED_GATED, dtype, precision, factor=5.0)
+@pytest.mark.parametrize(("dtype", "precision"), [key for key in TOLERANCE if key[1] != "tf32"])
+def test_exact_products_keep_their_tolerance_on_large_inputs(dtype: torch.dtype, precision: Precision) -> None:
+    """Logits of some 1000: an error of a logit is one of the weights."""
+    of = problem(SAVED_GATED, dtype, precision, factor=30.0)
     attended = forward(of, TILES)
     out, lse = attention(doubled(of))
 
-    assert relative_error(attended.out, out) < TOLERANCE[dtype, precision][0] * (20 if precision == "tf32" else 5)
+    assert relative_error(attended.out, out) < max(TOLERANCE[dtype, precision][0], 1e-4)
     torch.testing.assert_close(attended.lse.double(), lse, atol=0, rtol=TOLERANCE[dtype, precision][2])
 
 
@@ -213,7 +213,7 @@ def test_gradients_are_those_of_finite_differences(sizes: Sizes) -> None:
 
     leaves = [getattr(of, name).requires_grad_() for name in names]
 
-    assert torch.autograd.gradcheck(Attend.apply, leaves, fast_mode=False)
+    assert torch.autograd.gradcheck(Attend.apply, leaves, fast_mode=True)
 
 
 @pytest.fixture
@@ -331,13 +331,13 @@ def test_inputs_may_be_expanded() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [Sizes(3, 2, 40, 18, 35, 24), Sizes(3, 2, 40, 5, 9, 33, gated=True)], ids=str)
+@pytest.mark.parametrize("sizes", [Sizes(2, 2, 40, 5, 20, 16), Sizes(3, 1, 20, 5, 9, 33, gated=True)], ids=str)
 def test_chunking_changes_no_bit(sizes: Sizes, dtype: torch.dtype) -> None:
     """Nor does repeating. Planted bugs: a sum started anew in each chunk; bank sums ended with the first one."""
     of = problem(sizes, dtype)
     whole = run(of, *upstream(of))
 
-    for workspace in (32 * 2**20, 60_000, 20_000, 1):
+    for workspace in (32 * 2**20, 15_000, 1):
         assert_same(run(of, *upstream(of), replace(TILES, workspace=workspace)), whole)
 
 
