@@ -19,7 +19,7 @@ TOLERANCE: dict[tuple[torch.dtype, Precision], tuple[float, float, float]] = {
     (torch.float32, "ieee"): (2e-6, 5e-6, 1e-5),
     (torch.float32, "tf32x3"): (2e-6, 5e-6, 1e-5),
     # tensor cores cut float32 off instead of rounding it: each operand is 3.5e-4 too small on average
-    (torch.float32, "tf32"): (1.5e-3, 3e-3, 3e-3),
+    (torch.float32, "tf32"): (2e-3, 4e-3, 3e-3),
     (torch.float16, "ieee"): (1e-3, 2e-3, 1e-5),
     (torch.bfloat16, "ieee"): (5e-3, 1e-2, 1e-5),
 }
@@ -48,14 +48,16 @@ def problem(
     return Problem(q, k, v, bank_k, bank_v, bias, gate, channels**-0.5, precision)
 
 
-def both_passes(of: Problem, ask: Wanted | None = None) -> tuple[Attended, Gradients]:
-    """Return what both passes give for fixed gradients of output and log-sum-exp."""
+def both_passes(
+    of: Problem, ask: Wanted | None = None, *, seeds: tuple[Tensor, Tensor] | None = None
+) -> tuple[Attended, Gradients]:
+    """Return what both passes give, by default for `upstream`'s gradients of output and log-sum-exp."""
     from fedoap.kernels.dca.wide_backward import backward
     from fedoap.kernels.dca.wide_forward import forward
 
     attended = forward(of)
     ask = ask or Wanted(q=True, k=True, v=True, bank_k=True, bank_v=True, bias=True, gate=of.gate is not None)
-    return attended, backward(of, attended, *upstream(of), ask)
+    return attended, backward(of, attended, *(seeds or upstream(of)), ask)
 
 
 def upstream(of: Problem) -> tuple[Tensor, Tensor]:
@@ -145,10 +147,11 @@ def test_chunking_changes_no_bit(dtype: torch.dtype, precision: Precision) -> No
 
 def test_both_passes_run_in_a_cuda_graph() -> None:
     of = problem(1024, torch.bfloat16, "ieee")
-    eager = tensors(both_passes(of))
+    seeds = upstream(of)
+    eager = tensors(both_passes(of, seeds=seeds))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = tensors(both_passes(of))
+        captured = tensors(both_passes(of, seeds=seeds))
     graph.replay()
     torch.cuda.synchronize()
 
