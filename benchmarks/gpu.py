@@ -11,6 +11,7 @@ that fails does not end the rest, and the JSON is rewritten after each contest.
 import argparse
 import datetime as dt
 import gc
+import itertools
 import sys
 import time
 import traceback
@@ -36,12 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     warnings.simplefilter("ignore")  # compilers and refused backends warn at length
+    torch._dynamo.config.recompile_limit = 100  # one function, many shapes
     start = time.monotonic()
     device = torch.device(options.device)
     report = Report(options.out or _default_path(device), description(device))
     _say(start, ", ".join(f"{key} {value}" for key, value in report.machine.items()))
     if not options.no_tests:
-        _part(report, "tests", lambda: _tests(report, options.minutes * 60 / 3))
+        _part(report, "tests", lambda: _tests(report, options.minutes * 30))
         _say(start, f"tests: {report.suite}")
     with _side_stream(device):
         _measure(report, options, device, start)
@@ -61,7 +63,7 @@ def _measure(report: Report, options: argparse.Namespace, device: torch.device, 
     prepare, timing = (20, 0.1) if options.quick else (60, 0.5)
     limits = contest.Limits(start + options.minutes * 60, prepare, timing)
     candidates = contests(device, only=options.only, quick=options.quick)
-    while True:
+    for number in itertools.count():
         try:
             held = next(candidates, None)
         except Exception:  # noqa: BLE001 - reported; the generator is over, what was measured is not lost
@@ -69,6 +71,8 @@ def _measure(report: Report, options: argparse.Namespace, device: torch.device, 
             return
         if held is None:
             return
+        if number < options.skip:
+            continue
         _say(start, held.name)
         _part(report, held.name, lambda held=held: report.rows.extend(contest.held(held, watch, best, limits)))  # type: ignore[misc]
         del held
@@ -102,6 +106,12 @@ def _part(report: Report, name: str, action: Callable[[], None]) -> None:
 def _failed(report: Report, name: str) -> None:
     traceback.print_exc()
     report.failures.append(name)
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # an address out of bounds takes the whole process with it
+            report.save()
+            sys.exit(f"the GPU is lost to this process after {name}: {str(error).splitlines()[0]}; see --skip")
 
 
 def _tests(report: Report, seconds: float) -> None:
@@ -124,6 +134,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes, less time to compile")
     parser.add_argument("--sweep", action="store_true", help="time the candidates of the tile tables instead")
     parser.add_argument("--no-tests", action="store_true", help="leave out the tests")
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first contests")
     parser.add_argument("--minutes", type=float, default=8, help="begin nothing after so long")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="the JSON file; by default one in benchmarks/results")

@@ -45,6 +45,10 @@ class Case(Protocol):
 C = TypeVar("C", bound=Case)
 
 
+class WrongError(ValueError):
+    """A competitor computes something else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Contest(Generic[C]):
     """Who competes in what."""
@@ -61,6 +65,10 @@ class Contest(Generic[C]):
     """The gradient of the result that backward passes start from."""
     tolerance: float
     unchecked: frozenset[str] = frozenset()
+
+    def bytes(self, part: str) -> float:
+        """Return the least that a part moves through memory."""
+        return self.case.shape.bytes(part, self.case.inputs[0].dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,23 +157,36 @@ def _attempt(entry: _Entry[C], action: Callable[[], None], limits: Limits) -> No
             action()
     except Exception as error:  # noqa: BLE001 - a competitor that cannot run is a result
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        entry.reason = f"cannot: {type(error).__name__}: {lines[0] if lines else ''}"[:160]
+        text = lines[0] if lines else ""
+        entry.reason = (
+            f"wrong: {text}" if isinstance(error, WrongError) else f"cannot: {type(error).__name__}: {text}"
+        )[:160]
+
+
+def errors_of(contest: Contest[C], name: str, compute: Callable[[C], Tensor]) -> tuple[float, ...]:
+    """Return the relative errors of the result and of each gradient; none where another result is right too.
+
+    Raises:
+        WrongError: one is beyond the contest's tolerance, or NaN.
+    """
+    if name in contest.unchecked:
+        compute(contest.case)
+        return ()
+    out = compute(contest.checked)
+    found = (out, *gradients(out, contest.checked.inputs, contest.upstream))
+    exact = (contest.exact, *contest.exact_gradients)
+    errors = tuple(_relative(x, y) for x, y in zip(found, exact, strict=True))
+    if not all(error <= contest.tolerance for error in errors):
+        raise WrongError(f"errors {_short(errors)}")
+    return errors
 
 
 def _check(entry: _Entry[C], contest: Contest[C]) -> None:
-    if entry.name in contest.unchecked:
-        entry.compute(contest.case)
-        return
-    out = entry.compute(contest.checked)
-    found = (out, *gradients(out, contest.checked.inputs, contest.upstream))
-    exact = (contest.exact, *contest.exact_gradients)
-    entry.errors = tuple(_relative(x, y) for x, y in zip(found, exact, strict=True))
-    if not all(error <= contest.tolerance for error in entry.errors):  # so that NaN is wrong too
-        entry.reason = f"wrong: errors {_short(entry.errors)}"
+    entry.errors = errors_of(contest, entry.name, entry.compute)
 
 
 def _prepare(entry: _Entry[C], part: str, contest: Contest[C], watch: Stopwatch) -> None:
-    run = _run(entry.compute, part, contest)
+    run = run_of(entry.compute, part, contest)
     run()
     entry.runs[part] = run
     try:
@@ -179,7 +200,8 @@ def _prepare(entry: _Entry[C], part: str, contest: Contest[C], watch: Stopwatch)
         entry.graphs[part] = replay
 
 
-def _run(compute: Callable[[C], Tensor], part: str, contest: Contest[C]) -> Run:
+def run_of(compute: Callable[[C], Tensor], part: str, contest: Contest[C]) -> Run:
+    """Return what runs one part of a contest once."""
     case, upstream = contest.case, contest.upstream
 
     def forward() -> None:

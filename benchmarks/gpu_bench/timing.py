@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Protocol, TypeAlias
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Run: TypeAlias = Callable[[], object]
 
@@ -132,9 +133,17 @@ class CpuStopwatch:
         """Return None: there are no graphs here."""
         return None
 
-    def peak_bytes(self, run: Run) -> int | None:  # noqa: ARG002 - the protocol's
-        """Return None: PyTorch does not count here."""
-        return None
+    def peak_bytes(self, run: Run) -> int | None:
+        """Return what the profiler counts."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            run()
+        assert profiled.profiler is not None
+        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
 
     def host_us(self, run: Run) -> float | None:  # noqa: ARG002 - the protocol's
         """Return None: nothing runs beside the host."""
