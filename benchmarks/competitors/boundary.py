@@ -57,13 +57,19 @@ class Boundary:
 
     @classmethod
     def random(cls, shape: ImageShape, device: torch.device, dtype: torch.dtype) -> Self:
-        """Return smooth shapes whose logits are wrong at some of their edges, by a margin in places."""
+        """Return a ball in each image, 4 % of it, its logits wrong along parts of its edge as a trained network's are."""
         generator = torch.Generator(device).manual_seed(0)
-        pool = F.avg_pool2d if len(shape.spatial) == 2 else F.avg_pool3d
-        fields = torch.randn(2, *shape.size, generator=generator, device=device)
-        y, change = (pool(field, 15, stride=1, padding=7) for field in fields)
-        logits = 4 * (y + 0.3 * change) / y.std()
-        return cls(shape, logits.to(dtype).requires_grad_(), (y > 0).to(torch.uint8), torch.tensor(1, device=device))
+        dimensions = len(shape.spatial)
+        pool, radius = (F.avg_pool2d, 0.23) if dimensions == 2 else (F.avg_pool3d, 0.42)
+        axes = [torch.linspace(-1, 1, n, device=device) for n in shape.spatial]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        centre = torch.rand(shape.b, dimensions, *[1] * dimensions, generator=generator, device=device) - 0.5
+        outside = (grid - centre).square().sum(1, keepdim=True).sqrt() - radius  # (B, 1, *S)
+        change = pool(torch.randn(shape.size, generator=generator, device=device), 15, stride=1, padding=7)
+        logits = (1.5 * change / change.std() - 30 * outside).clamp(-8, 8)
+        return cls(
+            shape, logits.to(dtype).requires_grad_(), (outside < 0).to(torch.uint8), torch.tensor(1, device=device)
+        )
 
     @classmethod
     def blank(cls, shape: ImageShape, device: torch.device, dtype: torch.dtype) -> Self:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,8 @@ def run_suite(seconds: float, folder: str = "tests/kernels/gpu") -> dict[str, ob
             "markers=gpu: needs one",
         ]
         options += ["--import-mode=importlib", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={xml}"]
+        if find_spec("xdist"):  # most of the time goes into compiling
+            options += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 1)))]
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "pytest", folder, *options], cwd=ROOT, timeout=seconds, check=False
