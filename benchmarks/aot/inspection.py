@@ -83,9 +83,11 @@ def instructions(compiled: CompiledKernel) -> Instructions:
 
 def dot_kinds(ttir: str) -> set[str]:
     """Return the operand types of the kernel's products: "bf16", "f32 tf32", "f32 ieee" and so on."""
-    found = re.findall(r"tt\.dot [^\n]*?: tensor<[\dx]+x(\w+)>", ttir)
-    precise = re.findall(r"tt\.dot [^\n]*?inputPrecision = (\w+)", ttir) or ["ieee"]
-    return {f"{kind} {precision}" if kind == "f32" else kind for kind in found for precision in set(precise)}
+    kinds = set()
+    for options, kind in re.findall(r"tt\.dot ([^\n:]*) : tensor<[\dx]+x(\w+)>", ttir):
+        precision = re.search(r"inputPrecision = (\w+)", options)
+        kinds.add(f"f32 {precision[1] if precision else 'ieee'}" if kind == "f32" else kind)
+    return kinds
 
 
 def narrow_offsets(ttir: str) -> list[str]:

@@ -57,7 +57,7 @@ class Boundary:
 
     @classmethod
     def random(cls, shape: ImageShape, device: torch.device, dtype: torch.dtype) -> Self:
-        """Return a ball in each image, 4 % of it, its logits wrong along parts of its edge as a trained network's are."""
+        """Return a ball in each image, 4 % of it, its logits wrong along parts of its edge like a trained network's."""
         generator = torch.Generator(device).manual_seed(0)
         dimensions = len(shape.spatial)
         pool, radius = (F.avg_pool2d, 0.23) if dimensions == 2 else (F.avg_pool3d, 0.42)

@@ -85,10 +85,10 @@ def _of_flash(
 
     of_q, of_keys = (Wanted(q, not q, not q, not q, not q, bias=False, gate=False) for q in (True, False))
     runs: dict[str, Callable[[tiles.Tiles], object]] = {"attend": partial(flash_forward.forward, problem)}
-    if shape.d <= 128:
+    numbers = tiles.numbers(dtype)
+    if shape.d <= tiles.BACKWARD_CHANNELS[numbers]:
         runs |= {"dq": partial(back, of_q), "dkv": partial(back, of_keys)}
-    key = ("half" if dtype.itemsize == 2 else "tf32", max(64, tiles.padded(shape.d)))
-    others = getattr(tiles, "CANDIDATES", {}).get(key, {})
+    others = tiles.CANDIDATES.get((numbers, max(64, tiles.padded(shape.d))), {})
     for kernel, run in runs.items():
         yield [Candidate(name, f"flash {kernel}", *own) for own in _each(default, kernel, others, run)]
 

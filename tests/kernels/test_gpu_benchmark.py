@@ -20,6 +20,8 @@ from benchmarks.gpu_bench.machine import Ceilings
 from benchmarks.gpu_bench.report import table, verdict
 from benchmarks.gpu_bench.suite import run_suite
 from benchmarks.gpu_bench.timing import CpuStopwatch, Quantiles, limit
+from benchmarks.pages import measured_text, replaced
+from fedoap.kernels import perturbed_boundary_loss
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -72,9 +74,9 @@ def test_the_images_have_voxels_in_the_region() -> None:
     """Would fail with logits that are never wrong by more than the threshold: noise would cost nothing."""
     case = Boundary.random(ImageShape(4, (128, 128)), CPU, torch.float32)
 
-    plain = boundary.perturbed_boundary_loss(case.logits, case.target, seed=1, region="both", return_parts=True)
+    _, parts = perturbed_boundary_loss(case.logits, case.target, seed=1, region="both", return_parts=True)
 
-    assert int(plain[1].voxels.min()) > 10
+    assert int(parts.voxels.min()) > 10
 
 
 def test_a_competitor_that_cannot_run_is_a_row_with_the_reason() -> None:
@@ -150,3 +152,26 @@ def test_the_floors_are_those_worked_by_hand() -> None:
     assert shape.flops("forward") == pytest.approx(6.44e9, rel=1e-3)
     assert shape.bytes("forward", 2) == pytest.approx(18.9e6, rel=2e-3)
     assert ImageShape(64, (512, 512)).bytes("backward", 4) == pytest.approx(151e6, rel=1e-3)
+
+
+def test_a_page_takes_a_table_between_its_marks() -> None:
+    page = "before\n<!-- gate -->\nold\n<!-- /gate -->\nafter\n"
+
+    assert replaced(page, "gate", "new") == "before\n<!-- gate -->\nnew\n<!-- /gate -->\nafter\n"
+    with pytest.raises(ValueError, match="<!-- measured -->"):
+        replaced(page, "measured", "new")
+
+
+def test_the_measured_table_is_made_of_what_was_written() -> None:
+    quantiles = {"p20": 9.0, "p50": 10.0, "p80": 11.0}
+    row = {"contest": "c", "part": "forward", "reason": "", "floor_us": 5.0}
+    rows = [
+        row | {"competitor": "fedoap", "eager": quantiles, "graph": None},
+        row | {"competitor": "flex", "eager": quantiles | {"p50": 30.0}, "graph": None},
+    ]
+    machine = {"device": "a card", "torch": "2", "triton": "3"}
+
+    text = measured_text({"machine": machine, "ceilings": {"copy_tb_s": 3.0, "tflop_s": 700.0}, "rows": rows})  # type: ignore[typeddict-item]
+
+    assert text.startswith("a card, 2, 3. Ceilings: 3.00 TB/s copying, 700 TFLOP/s")
+    assert text.splitlines()[-1] == "| c | forward | 10.0 |  | 50 % | flex 30.0 | 3.00 |  |  |"
