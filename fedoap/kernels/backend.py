@@ -6,17 +6,28 @@ is unset or `auto` too, to the inputs: Triton on a GPU, plain PyTorch elsewhere.
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
 import torch
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
 """`eager` is the plain PyTorch reference; `auto` takes the fastest that the inputs allow."""
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 VARIABLE = "FEDOAP_KERNELS"
 _OLDEST_CAPABILITY = (8, 0)  # bfloat16, tf32 and asynchronous copies
+
+
+def constant_to_compilers(function: Callable[P, T]) -> Callable[P, T]:
+    """Let torch.compile call a function while it compiles, instead of tracing into what asks settings or the driver."""
+    # torch.compiler.assume_constant_result sets the same, but loads the compiler for it
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def choose(
@@ -52,14 +63,10 @@ def choose(
     return "eager"
 
 
+@constant_to_compilers
 def _obstacle(kind: str, index: int) -> str | None:
     """Return what keeps Triton from running on a device, or None."""
     return _asked_once(kind, index)
-
-
-# torch.compile would trace into what asks the driver; torch.compiler.assume_constant_result sets this too, but
-# loads the compiler for it
-_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

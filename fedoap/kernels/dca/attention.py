@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedoap.kernels import backend as backends
-from fedoap.kernels.backend import Backend
+from fedoap.kernels.backend import Backend, constant_to_compilers
 from fedoap.kernels.dca import op, reference
 from fedoap.kernels.dca.checks import NAME, check_bias_and_gate, check_eager_precision, check_options, check_tokens
 from fedoap.kernels.dca.problem import AttentionMode, Precision, Problem
@@ -76,14 +76,12 @@ def decoupled_cross_attention(
     check_tokens(*tokens)
     check_bias_and_gate(tokens[0], tokens[3], slot_bias, gate)
     chosen = backends.choose(backend, NAME, q.device, _unsupported(tokens[0]))
-    if chosen == "eager":
-        check_eager_precision(q, precision)
-    problem = _problem(tokens, slot_bias, gate, scale, _precision(tokens[0], precision))
     if chosen == "triton":
-        out, lse = op.attend(problem)
+        out, lse = op.attend(_problem(tokens, slot_bias, gate, scale, _precision(tokens[0], precision)))
     else:
+        check_eager_precision(q, precision)
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference.attend(problem)
+            out, lse = reference.attend(_problem(tokens, slot_bias, gate, scale, "ieee"))
     return (out, lse) if return_lse else out
 
 
@@ -104,6 +102,7 @@ def _precision(q: Tensor, precision: Precision | None) -> Precision:
     return "tf32" if _allows_tf32() else "tf32x3"
 
 
+@constant_to_compilers
 def _allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     # reading the older setting raises once the newer one is set

@@ -4,6 +4,7 @@ B batch, H heads, N queries, L local keys, M bank slots, D channels of a head. "
 float64 where q is float64.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -104,17 +105,24 @@ class Gradients:
 def dense_like(x: Tensor) -> Tensor:
     """Return new memory of x's shape, in the order of x's strides, its last axis innermost."""
     # an axis expanded from 1 has stride 0, yet must not lie inside of the last one
-    strides = x.stride()
-    order = [*sorted(range(x.dim() - 1), key=lambda axis: -strides[axis]), x.dim() - 1]
+    order = [*_outermost_first(x.stride()[:-1]), x.dim() - 1]
     dense = x.new_empty([x.shape[axis] for axis in order])
     return dense.permute([order.index(axis) for axis in range(x.dim())])
 
 
 def ordered_like(x: Tensor, like: Tensor) -> Tensor:
     """Return x laid out in memory in the order of `like`'s strides, so that views of q work on the result."""
-    strides = like.stride()
-    order = sorted(range(like.dim()), key=lambda axis: -strides[axis])
+    order = _outermost_first(like.stride())
     return x.permute(order).contiguous().permute([order.index(axis) for axis in range(like.dim())])
+
+
+def _outermost_first(strides: Sequence[int]) -> list[int]:
+    """Return the axes from the largest stride to the smallest, ties in their own order."""
+    order: list[int] = []
+    for axis, stride in enumerate(strides):
+        # torch.compile can compare strides that it does not know yet, but not sort by them
+        order.insert(sum(1 for other in order if strides[other] >= stride), axis)
+    return order
 
 
 def unfilled(problem: Problem) -> Attended:

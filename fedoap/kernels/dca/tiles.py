@@ -86,15 +86,15 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
     ("hopper", "tf32", 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     ("hopper", "tf32", 128): Tiles(Tile(128, 16, 8, 3), *_WIDE),
     ("ampere", "half", 64): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-    ("ampere", "half", 128): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
-    ("ampere", "half", 256): Tiles(Tile(64, 32, 8, 2), *_WIDE),
+    ("ampere", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
+    ("ampere", "half", 256): Tiles(Tile(32, 32, 8, 2), *_WIDE),
     ("ampere", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    ("ampere", "tf32", 128): Tiles(Tile(64, 32, 8, 2), *_WIDE),
-    ("ada", "half", 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    ("ada", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("ampere", "tf32", 128): Tiles(Tile(32, 32, 8, 2), *_WIDE),
+    ("ada", "half", 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    ("ada", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     ("ada", "half", 256): Tiles(Tile(32, 32, 8, 2), *_WIDE),
-    ("ada", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    ("ada", "tf32", 128): Tiles(Tile(32, 32, 4, 2), *_WIDE),
+    ("ada", "tf32", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("ada", "tf32", 128): Tiles(Tile(32, 32, 8, 2), *_WIDE),
     ("cdna", "half", 64): Tiles(Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
     ("cdna", "half", 128): Tiles(Tile(64, 64, 4, 1), Tile(64, 32, 4, 1), Tile(32, 32, 4, 1)),
     ("cdna", "half", 256): Tiles(Tile(32, 32, 4, 1), *_WIDE),
@@ -102,7 +102,10 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
 """By class of card, operands, and channels padded to 64, 128 or 256."""
 
 GATED: dict[tuple[Hardware, Numbers, int], Tile] = {
+    ("hopper", "half", 64): Tile(128, 64, 8, 3),
     ("hopper", "half", 256): Tile(64, 32, 8, 2),
+    ("ampere", "half", 256): Tile(32, 16, 8, 2),
+    ("ada", "half", 256): Tile(32, 16, 8, 2),
 }
 """Tiles of `attend` for `gated`, where those of the table would spill."""
 
