@@ -76,7 +76,7 @@ def delta_kernel(
 
 
 @triton.jit(do_not_specialize=["bias_h", "heads", "rows", "length", "slots", "local_tiles", "tiles", "lse_s"])
-def slopes_kernel(
+def slopes_kernel(  # noqa: PLR0915 - strides take a line each
     q_ptr, k_ptr, bank_k_ptr, v_ptr, bank_v_ptr, bias_ptr, gate_ptr, dout_ptr, lse_ptr, delta_ptr,
     saved_ptr, pivots_ptr, slopes_ptr, weights_ptr, column_sums_ptr,
     q_b, q_h, q_n, k_b, k_h, k_n, bank_k_h, bank_k_n, v_b, v_h, v_n, bank_v_h, bank_v_n, bias_h,
@@ -119,15 +119,17 @@ def slopes_kernel(
         factor = tl.exp2(tl.load(pivot_at, mask=live, other=0.0) - lse2)
         weights = tl.load(at, mask=live[:, None], other=0.0).to(WIDE) * factor[:, None]
     else:
+        keys_ptr = tl.where(is_local, k_ptr, bank_k_ptr) + tl.where(is_local, b * k_b + h * k_h, h * bank_k_h)
         products = logits_tile(
-            q_ptr + b * q_b + h * q_h, tl.where(is_local, k_ptr + b * k_b + h * k_h, bank_k_ptr + h * bank_k_h),
+            q_ptr + b * q_b + h * q_h, keys_ptr,
             row, key, q_n, tl.where(is_local, k_n, bank_k_n), rows, keys, D, ROWS, KEYS, INNER, PRECISION,
         )  # fmt: skip
         if bias_ptr is not None:
             bias_ptr += h * bias_h
         weights = tl.exp2(base2_logits(products, bias_ptr, key, keys, scale2, is_local) - lse2[:, None])
+    values_ptr = tl.where(is_local, v_ptr, bank_v_ptr) + tl.where(is_local, b * v_b + h * v_h, h * bank_v_h)
     dweights = logits_tile(
-        dout_ptr + b * dout_b + h * dout_h, tl.where(is_local, v_ptr + b * v_b + h * v_h, bank_v_ptr + h * bank_v_h),
+        dout_ptr + b * dout_b + h * dout_h, values_ptr,
         row, key, dout_n, tl.where(is_local, v_n, bank_v_n), rows, keys, D, ROWS, KEYS, INNER, PRECISION,
     )  # fmt: skip
     delta = tl.load(delta_ptr + lse_at, mask=live, other=0.0)

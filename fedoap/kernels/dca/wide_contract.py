@@ -46,7 +46,8 @@ def _transposed(
 
 @triton.jit
 def _query_gradient(
-    slopes_ptr, k_ptr, bank_ptr, k_n, bank_n, row, rows, length, slots, bank_column, width, channel, acc,
+    slopes_ptr, k_ptr, bank_ptr, k_start, bank_start, k_n, bank_n, row, rows, length, slots, bank_column, width,
+    channel, acc,
     D: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return acc plus slopes @ keys over the keys of both sources."""
@@ -58,7 +59,8 @@ def _query_gradient(
         start = tl.where(is_local, step, step - local_steps) * INNER
         key = start + inner
         live = key < tl.where(is_local, length, slots)
-        k_at = tl.where(is_local, k_ptr, bank_ptr) + key.to(tl.int64)[:, None] * tl.where(is_local, k_n, bank_n)
+        k_at = tl.where(is_local, k_ptr, bank_ptr) + tl.where(is_local, k_start, bank_start)
+        k_at += key.to(tl.int64)[:, None] * tl.where(is_local, k_n, bank_n)
         column = start + tl.where(is_local, 0, bank_column)
         slopes = tl.load(slopes_at + column, mask=(row < rows)[:, None], other=0.0)
         if D % COLUMNS == 0:
@@ -112,7 +114,7 @@ def contract_kernel(  # noqa: PLR0915 - one launch for all products keeps a GPU 
         bh = (index // SLICES // blocks).to(tl.int64)
         b, h = bh // heads, bh % heads
         dq = _query_gradient(
-            slopes_ptr + bh * rows * width, k_ptr + b * k_b + h * k_h, bank_ptr + h * bank_h, k_n, bank_n,
+            slopes_ptr + bh * rows * width, k_ptr, bank_ptr, b * k_b + h * k_h, h * bank_h, k_n, bank_n,
             row, rows, length, slots, local_tiles * KEYS, width, channel, tl.zeros([ROWS, COLUMNS], WIDE),
             D, COLUMNS, INNER, PRECISION,
         )  # fmt: skip
@@ -133,7 +135,7 @@ def contract_kernel(  # noqa: PLR0915 - one launch for all products keeps a GPU 
         b, h = tl.where(is_bank, 0, owner // heads), tl.where(is_bank, owner, owner % heads)
         in_row = (channel < D)[None, :]
         if bank_sum_ptr is not None:
-            sum_ptr = tl.where(is_bank, bank_sum_ptr + owner * slots * D, local_sum_ptr)
+            sum_ptr = tl.where(is_bank, bank_sum_ptr, local_sum_ptr) + tl.where(is_bank, owner * slots * D, 0)
             sum_ptr += tl.where(is_key, 0, tl.where(is_bank, bank_sum_s, length.to(tl.int64) * D))
             sum_at = sum_ptr + key.to(tl.int64)[:, None] * D + channel[None, :]
             known = tl.where((phase & tl.where(is_bank, 4, 1)) != 0, keys, 0)
@@ -148,11 +150,15 @@ def contract_kernel(  # noqa: PLR0915 - one launch for all products keeps a GPU 
             acc, D, COLUMNS, INNER, PRECISION,
         )  # fmt: skip
         d_n = tl.where(is_bank, tl.where(is_key, dbank_k_n, dbank_v_n), tl.where(is_key, dk_n, dv_n))
-        d_at = tl.where(
+        d_start = tl.where(
             is_bank,
-            tl.where(is_key, dbank_k_ptr + h * dbank_k_h, dbank_v_ptr + h * dbank_v_h),
-            tl.where(is_key, dk_ptr + b * dk_b + h * dk_h, dv_ptr + b * dv_b + h * dv_h),
-        ) + key.to(tl.int64)[:, None] * d_n + channel[None, :]  # fmt: skip
+            tl.where(is_key, h * dbank_k_h, h * dbank_v_h),
+            tl.where(is_key, b * dk_b + h * dk_h, b * dv_b + h * dv_h),
+        )
+        d_ptr = tl.where(
+            is_bank, tl.where(is_key, dbank_k_ptr, dbank_v_ptr), tl.where(is_key, dk_ptr, dv_ptr)
+        )  # fmt: skip
+        d_at = d_ptr + d_start + key.to(tl.int64)[:, None] * d_n + channel[None, :]
         result = tl.where(is_key, acc * scale, acc).to(dq_ptr.dtype.element_ty)
         if bank_sum_ptr is not None:
             ends = (phase & tl.where(is_bank, 8, 2)) != 0

@@ -100,8 +100,10 @@ def scores_kernel(
     _, bank_h, bank_n = in_elements(0, bank_h, bank_n, UNIT)
     key = tl.where(is_local, tile, tile - local_tiles) * KEYS + tl.arange(0, KEYS)
     keys = tl.where(is_local, length, slots)
+    # a choice of pointers that are not arguments themselves does not compile for AMD in Triton 3.6
+    keys_ptr = tl.where(is_local, k_ptr, bank_ptr) + tl.where(is_local, b * k_b + h * k_h, h * bank_h)
     products = logits_tile(
-        q_ptr + b * q_b + h * q_h, tl.where(is_local, k_ptr + b * k_b + h * k_h, bank_ptr + h * bank_h),
+        q_ptr + b * q_b + h * q_h, keys_ptr,
         row, key, q_n, tl.where(is_local, k_n, bank_n), rows, keys, D, ROWS, KEYS, INNER, PRECISION,
     )  # fmt: skip
     if bias_ptr is not None:
@@ -138,8 +140,8 @@ def _totals(pivots_ptr, sums_ptr, row, rows, first, last, ROWS: tl.constexpr, WI
 
 @triton.jit
 def _weighted(
-    weights_ptr, pivots_ptr, v_ptr, bank_ptr, v_n, bank_n, row, channel, rows, length, slots, local_tiles, tiles,
-    first, last, top,
+    weights_ptr, pivots_ptr, v_ptr, bank_ptr, v_start, bank_start, v_n, bank_n, row, channel, rows, length, slots,
+    local_tiles, tiles, first, last, top,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +158,8 @@ def _weighted(
         column = tl.where(is_local, 0, local_tiles * KEYS) + start
         keys = tl.where(is_local, length, slots)
         key = start + inner
-        v_at = tl.where(is_local, v_ptr, bank_ptr) + key.to(tl.int64)[:, None] * tl.where(is_local, v_n, bank_n)
+        v_at = tl.where(is_local, v_ptr, bank_ptr) + tl.where(is_local, v_start, bank_start)
+        v_at += key.to(tl.int64)[:, None] * tl.where(is_local, v_n, bank_n)
         pivot = tl.load(pivots_ptr + (column // KEYS).to(tl.int64) * rows + row, mask=live, other=0.0)
         weights = tl.load(weights_at + column, mask=live[:, None], other=0.0)
         if D % COLUMNS == 0:
@@ -193,8 +196,7 @@ def average_kernel(
     weights_ptr += bh * rows * (tiles * KEYS)
     pivots_ptr += bh * tiles * rows
     sums_ptr += bh * tiles * rows
-    v_ptr += b * v_b + h * v_h
-    bank_ptr += h * bank_h
+    v_start, bank_start = b * v_b + h * v_h, h * bank_h
     lse_ptr += b * lse_b + h * lse_h
     local_steps = tl.cdiv(length, INNER)
     steps = local_steps + tl.cdiv(slots, INNER)
@@ -204,8 +206,8 @@ def average_kernel(
     first_tiles = local_tiles if gate_ptr is not None else tiles
     top, total = _totals(pivots_ptr, sums_ptr, row, rows, 0, first_tiles, ROWS, WIDE)
     out = _weighted(
-        weights_ptr, pivots_ptr, v_ptr, bank_ptr, v_n, bank_n, row, channel, rows, length, slots, local_tiles, tiles,
-        0, first_last, top, D, ROWS, COLUMNS, INNER, KEYS, WIDE, PRECISION,
+        weights_ptr, pivots_ptr, v_ptr, bank_ptr, v_start, bank_start, v_n, bank_n, row, channel, rows, length, slots,
+        local_tiles, tiles, 0, first_last, top, D, ROWS, COLUMNS, INNER, KEYS, WIDE, PRECISION,
     )  # fmt: skip
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     if slice_ == 0:
@@ -214,8 +216,8 @@ def average_kernel(
         tl.store(local_out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=live)
         top, total = _totals(pivots_ptr, sums_ptr, row, rows, local_tiles, tiles, ROWS, WIDE)
         bank = _weighted(
-            weights_ptr, pivots_ptr, v_ptr, bank_ptr, v_n, bank_n, row, channel, rows, length, slots, local_tiles,
-            tiles, local_steps, steps, top, D, ROWS, COLUMNS, INNER, KEYS, WIDE, PRECISION,
+            weights_ptr, pivots_ptr, v_ptr, bank_ptr, v_start, bank_start, v_n, bank_n, row, channel, rows, length,
+            slots, local_tiles, tiles, local_steps, steps, top, D, ROWS, COLUMNS, INNER, KEYS, WIDE, PRECISION,
         )  # fmt: skip
         bank = bank / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(bank_out_ptr + at, bank.to(out_ptr.dtype.element_ty), mask=live)
