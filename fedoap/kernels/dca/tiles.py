@@ -87,9 +87,9 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
     ("hopper", "tf32", 128): Tiles(Tile(128, 16, 8, 3), *_WIDE),
     ("ampere", "half", 64): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     ("ampere", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
-    ("ampere", "half", 256): Tiles(Tile(32, 32, 8, 2), *_WIDE),
+    ("ampere", "half", 256): Tiles(Tile(32, 16, 8, 2), *_WIDE),
     ("ampere", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    ("ampere", "tf32", 128): Tiles(Tile(32, 32, 8, 2), *_WIDE),
+    ("ampere", "tf32", 128): Tiles(Tile(16, 32, 4, 2), *_WIDE),
     ("ada", "half", 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     ("ada", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     ("ada", "half", 256): Tiles(Tile(32, 32, 8, 2), *_WIDE),
@@ -104,7 +104,7 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
 GATED: dict[tuple[Hardware, Numbers, int], Tile] = {
     ("hopper", "half", 64): Tile(128, 64, 8, 3),
     ("hopper", "half", 256): Tile(64, 32, 8, 2),
-    ("ampere", "half", 256): Tile(32, 16, 8, 2),
+    ("ampere", "half", 256): Tile(16, 32, 8, 2),
     ("ada", "half", 256): Tile(32, 16, 8, 2),
 }
 """Tiles of `attend` for `gated`, where those of the table would spill."""
