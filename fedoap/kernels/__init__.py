@@ -4,8 +4,8 @@
 * `perturbed_boundary_loss`: BCE and Dice of clean and of perturbed logits, the noise laid where the
   prediction is wrong or near its edge; `perturbed_boundary` gives region and perturbed logits alone.
 
-Importing this package takes torch and the standard library, no GPU and no driver. The operations run
-wherever PyTorch runs.
+On a GPU both run as Triton kernels, elsewhere as plain PyTorch; `fedoap.kernels.backend` chooses. Importing
+this package takes torch and the standard library, no GPU, no driver and no Triton.
 """
 
 from fedoap.kernels.backend import Backend
