@@ -218,5 +218,12 @@ def column_sum(parts: Tensor, total: Tensor) -> None:
     """Fill total (H, M) with the sum of parts (B, blocks, H, M) over the first two axes, in their order."""
     columns = 128
     column_sum_kernel[(triton.cdiv(total.numel(), columns),)](
-        parts, total, parts.shape[0] * parts.shape[1], total.numel(), PARTS=16, COLUMNS=columns, num_warps=4
+        parts,
+        total,
+        parts.shape[0] * parts.shape[1],
+        total.numel(),
+        PARTS=16,
+        COLUMNS=columns,
+        num_warps=4,
+        enable_fp_fusion=True,
     )

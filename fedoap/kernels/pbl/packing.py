@@ -100,12 +100,14 @@ def marks_of(march: March, recipe: Recipe) -> Tensor:
     marks = z.new_empty(shape, dtype=torch.int32)
     with torch.cuda.device_of(z):
         stride = march.sizes[0] * march.vec
-        pack_kernel[grid](z, sides, stride, lines, line, width, n_words, _WORDS, num_warps=_WARPS)
+        pack_kernel[grid](
+            z, sides, stride, lines, line, width, n_words, _WORDS, num_warps=_WARPS, enable_fp_fusion=True
+        )
         for step in range(1, recipe.radius + 1):
             last = step == recipe.radius
             grow_kernel[grid](
                 sides, marks if last else spare, march.depth, march.rows, line, n_words,
-                march.cross, march.rows > 1, last, _WORDS, num_warps=_WARPS,
+                march.cross, march.rows > 1, last, _WORDS, num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             sides, spare = spare, sides
     return marks
