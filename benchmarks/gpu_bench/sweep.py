@@ -114,6 +114,7 @@ def _compiled_part(target: str, part: int, count: int, only: str | None) -> dict
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
+        print(f"  part {part} of {count} ended with {done.returncode}: its candidates are compiled as they are timed")
         return {}
     stacks: dict[str, int | str] = json.loads(done.stdout)
     return stacks
