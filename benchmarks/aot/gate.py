@@ -21,6 +21,10 @@ from benchmarks.aot.inspection import (
 SMALL = frozenset({"finalize_kernel", "column_sum_kernel", "fold_kernel", "pack_kernel", "grow_kernel"})
 """Kernels over a thousandth of the data: nothing hangs on the width of their loads."""
 
+SPILLED = {("dkv_kernel", "sm_90"): 128, ("attend_kernel", "sm_90"): 8}
+"""Bytes that a thread may keep in memory, where an H100 ran such tiles faster than any that spill nothing: at D = 128
+56 us against 59 and more (benchmarks/results)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -76,8 +80,9 @@ def _broken(case: str, target: Target, error: Exception) -> Record:
 def faults(launch: Launch, target: Target, taken: Resources, counts: Instructions) -> Iterator[str]:
     """Yield what a launch does not keep to."""
     ttir: str = launch.compiled.asm["ttir"]
-    if taken.stack:
-        yield f"a thread keeps {taken.stack} bytes in memory, but must keep all in registers"
+    allowed = SPILLED.get((launch.kernel, target.name), 0)
+    if taken.stack > allowed:
+        yield f"a thread keeps {taken.stack} bytes in memory, but must keep no more than {allowed}"
     if taken.shared > target.shared_bytes:
         yield f"a block takes {taken.shared} bytes of shared memory, but {target.name} has {target.shared_bytes}"
     kinds = dot_kinds(ttir)
