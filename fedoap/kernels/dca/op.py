@@ -11,7 +11,7 @@ tf32, whose operands take more registers than there are.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-@torch.library.custom_op("fedoap::dca_forward", mutates_args=(), schema=f"({_CALL}) -> {_SAVED}")
-def dca_forward(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -75,8 +74,7 @@ def dca_forward(
         return _saved(wide_forward.forward(problem))
 
 
-@dca_forward.register_fake
-def _(
+def _fake_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,8 +97,7 @@ def _(
     return out, lse, local_out, bank_out, weights, pivots
 
 
-@torch.library.custom_op("fedoap::dca_backward", mutates_args=(), schema=f"({_CALL}, {_BACK}) -> Tensor[]")
-def dca_backward(
+def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -130,8 +127,7 @@ def dca_backward(
         return _given(wide_backward.backward(problem, _attended(saved), dout, dlse, asked))
 
 
-@dca_backward.register_fake
-def _(
+def _fake_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -182,7 +178,8 @@ def _differentiate(
     return (*(next(gradients) if want else None for want in wanted), None, None)
 
 
-dca_forward.register_autograd(_differentiate, setup_context=_keep)
+def _refuse(ctx: object, *_: object) -> NoReturn:
+    raise RuntimeError("decoupled_cross_attention: its gradient is differentiated, but has no derivative in Triton")
 
 
 def _is_flash(problem: Problem, channels: Mapping[Numbers, int]) -> bool:
@@ -212,3 +209,19 @@ def _given(gradients: Gradients) -> list[Tensor]:
     g = gradients
     bank = (x if x is None else x.contiguous() for x in (g.bank_k, g.bank_v))
     return [x for x in (g.q, g.k, g.v, *bank, g.bias, g.gate) if x is not None]
+
+
+# torch.library.custom_op registers the same and takes longer a call: at small sizes that is what a user waits for
+_LIBRARY = torch.library.Library("fedoap", "FRAGMENT")
+_LIBRARY.define(f"dca_forward({_CALL}) -> {_SAVED}")
+_LIBRARY.define(f"dca_backward({_CALL}, {_BACK}) -> Tensor[]")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("dca_forward", _forward, _device)
+    _LIBRARY.impl("dca_backward", _backward, _device)
+torch.library.register_fake("fedoap::dca_forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("fedoap::dca_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("fedoap::dca_forward", _differentiate, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("fedoap::dca_backward", _refuse, lib=_LIBRARY)
+
+dca_forward = torch.ops.fedoap.dca_forward.default
+dca_backward = torch.ops.fedoap.dca_backward.default

@@ -104,6 +104,8 @@ class Gradients:
 
 def dense_like(x: Tensor) -> Tensor:
     """Return new memory of x's shape, in the order of x's strides, its last axis innermost."""
+    if x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous()):
+        return torch.empty_like(x)  # the same, sooner
     # an axis expanded from 1 has stride 0, yet must not lie inside of the last one
     order = [*_outermost_first(x.stride()[:-1]), x.dim() - 1]
     dense = x.new_empty([x.shape[axis] for axis in order])

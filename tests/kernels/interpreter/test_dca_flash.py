@@ -133,7 +133,7 @@ def test_values_and_gradients_match_the_formula(sizes: Sizes) -> None:
     [(torch.float32, 1.0), (torch.float16, 1.0), (torch.float16, 30.0), (torch.bfloat16, 1.0), (torch.bfloat16, 30.0)],
 )
 def test_errors_stay_within_the_rounding_of_the_operands(dtype: torch.dtype, factor: float) -> None:
-    """Planted bug: weights and sums kept in the operands' dtype."""
+    """Planted bug: logits rounded to the operands' dtype."""
     check(problem(replace(GATED, heads=1), dtype, factor))
 
 
