@@ -88,7 +88,7 @@ def test_gradients_match_finite_differences(gated: bool) -> None:
 def test_the_operators_keep_what_they_declare(gated: bool) -> None:
     """Planted bugs: q's strides declared for k's gradient; lse declared in q's dtype."""
     given = inputs(gated=gated, biased=gated, dtype=torch.float16)
-    given["k"] = given["k"].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    given["k"] = given["k"].detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
     forward = arguments(given)
 
     torch.library.opcheck(op.dca_forward, forward)
