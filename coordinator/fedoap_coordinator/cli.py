@@ -14,10 +14,13 @@ import fedoap
 from fedoap.config import FederationConfig, load_federation
 from fedoap.errors import ConfigError, FedoapError
 from fedoap.identity import SECRET_BYTES, fingerprint
+from fedoap.strategies import personal_parts
 from fedoap_coordinator import reports
 from fedoap_coordinator.enrolment import SECONDS_PER_HOUR, Enrolment, check_site
 from fedoap_coordinator.folder import Keys, is_local, open_ledger, prepare, running
 from fedoap_coordinator.ledger import Ledger
+
+HOURS_PER_YEAR = 8760
 
 config_option = click.option(
     "--config", "config_path", type=click.Path(dir_okay=False, path_type=Path), help="The federation's fed.toml."
@@ -30,13 +33,13 @@ config_option = click.option(
 @click.version_option(fedoap.__version__, prog_name="fedoap-coordinator")
 @click.pass_context
 def cli(context: click.Context, config_path: Path | None, exit_when_finished: bool) -> None:
-    r"""Coordinate a federation: tell sites what to train, merge what they send, keep the shared model.
+    """Coordinate a federation: tell sites what to train, merge what they send, keep the shared model.
 
     \b
     Example:
       fedoap-coordinator invite hospital_a --config fed.toml
       fedoap-coordinator --config fed.toml
-    """
+    """  # noqa: D301 - click wants the control character
     if context.invoked_subcommand is None:
         from rich.console import Console as Terminal
 
@@ -48,11 +51,13 @@ def cli(context: click.Context, config_path: Path | None, exit_when_finished: bo
 @cli.command()
 @click.argument("site")
 @config_option
-@click.option("--valid-hours", type=click.FloatRange(min=0, min_open=True), default=72, show_default=True)
+@click.option("--valid-hours", type=float, default=72, show_default=True, help="At most a year.")
 @click.pass_context
 def invite(context: click.Context, site: str, config_path: Path | None, valid_hours: float) -> None:
     """Print a one-time token with which SITE can join; give it to nobody else."""
     config, now = _load(context, config_path), time.time()
+    if not 0 < valid_hours <= HOURS_PER_YEAR:  # nan is not either
+        raise ConfigError(f"--valid-hours is {valid_hours:g}, but must be above 0 and at most {HOURS_PER_YEAR}")
     with _opened(config) as (keys, ledger):
         if ledger.roster().active(site):
             click.echo(f"{site} is enrolled already; joining with this token replaces its keys", err=True)
@@ -149,7 +154,12 @@ def _load(context: click.Context, path: Path | None) -> FederationConfig:
     chosen = path or context.find_root().params.get("config_path")
     if chosen is None:
         raise click.UsageError("name the configuration: --config fed.toml")
-    return load_federation(chosen)
+    config = load_federation(chosen)
+    try:
+        personal_parts(config.strategy)
+    except ConfigError as error:
+        raise ConfigError(f"{chosen}: {error}") from None
+    return config
 
 
 @contextmanager

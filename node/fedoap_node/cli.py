@@ -33,13 +33,13 @@ site_option = click.option("--site", help="The site's name.")
 @click.version_option(fedoap.__version__, prog_name="fedoap-node")
 @click.pass_context
 def cli(context: click.Context, site: str | None, home: Path | None, exit_when_finished: bool) -> None:
-    r"""Keep a hospital's part in a federation: dial out, train here, send shared weights only.
+    """Keep a hospital's part in a federation: dial out, train here, send shared weights only.
 
     \b
     Example:
       fedoap-node join fedoap1-... --data datalist.json --modality ct
       fedoap-node --site hospital_a
-    """
+    """  # noqa: D301 - click wants the control character
     if context.invoked_subcommand is not None:
         return
     if site is None:
@@ -56,12 +56,12 @@ def cli(context: click.Context, site: str | None, home: Path | None, exit_when_f
 @click.option("--modality", type=click.Choice(["mr", "ct", "ultrasound", "photo"]), default="mr", show_default=True)
 @click.pass_context
 def join_command(context: click.Context, token: str, home: Path | None, data: Path | None, modality: str) -> None:
-    r"""Join a federation with the one-time TOKEN that its operator sent.
+    """Join a federation with the one-time TOKEN that its operator sent.
 
     \b
     Example:
       fedoap-node join fedoap1-AbC... --data /data/liver/datalist.json --modality ct
-    """
+    """  # noqa: D301 - click wants the control character
     home = home or context.find_root().params["home"]
     joined = join(token, home, data, cast(Modality, modality))
     name = joined.folder.name
@@ -142,8 +142,15 @@ def _check(config: SiteConfig, folder: SiteFolder) -> None:
         raise ConfigError(f"{folder.config}: section [data] is missing; name the site's datalist there")
     if not config.data.datalist.is_file():
         raise ConfigError(f"{folder.config}: data.datalist is {config.data.datalist}, but there is no such file")
-    if config.worker.command is None and importlib.util.find_spec("torch") is None:
+    if config.worker.command is not None:
+        return
+    if importlib.util.find_spec("torch") is None:
         raise ConfigError("torch is not installed, but training needs it: pip install 'fedoap[node]'")
+    from fedoap.segmentation.datalist import SPLITS, load_datalist
+
+    # a fault that only the worker found would cost the whole federation attempts
+    for split in SPLITS:
+        load_datalist(config.data, split)
 
 
 def _runs(folder: SiteFolder) -> str:

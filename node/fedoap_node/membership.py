@@ -53,6 +53,8 @@ class Membership:
             IdentityError: a file is missing, altered or readable by others.
         """
         record = _record(folder.federation)
+        if record.site != folder.name:
+            raise IdentityError(f"{folder.identity}: is that of site {record.site}, but the folder is {folder.name}'s")
         curve = curve_keys(read_private(folder.identity / CURVE_KEY))
         signing = signing_keys(read_private(folder.identity / SIGNING_KEY))
         keys = (bytes.fromhex(record.server_key), bytes.fromhex(record.federation_key))

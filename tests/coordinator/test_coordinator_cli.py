@@ -81,6 +81,21 @@ def test_the_configuration_may_be_named_before_or_after_the_command(fed_toml: Pa
     assert "hospital_b: not enrolled" in before.output
 
 
+def test_a_part_that_no_network_has_is_refused_before_a_site_is_asked(fed_toml: Path) -> None:
+    fed_toml.write_text(FED_TOML + 'strategy.personal = ["heads"]')
+
+    error = run(fed_toml, "sites").exception
+
+    assert isinstance(error, FedoapError)
+    assert "fed.toml: strategy.personal names heads, which is no part of the network; did you mean head?" in str(error)
+
+
+def test_help_shows_its_example_as_it_is_typed() -> None:
+    lines = CliRunner().invoke(cli, ["--help"]).output.splitlines()
+
+    assert "    fedoap-coordinator --config fed.toml" in lines
+
+
 def test_sites_shows_open_invitations(fed_toml: Path) -> None:
     run(fed_toml, "invite", "hospital_a", "--valid-hours", "5")
 
@@ -91,6 +106,8 @@ def test_sites_shows_open_invitations(fed_toml: Path) -> None:
     ("words", "reason"),
     [
         (["invite", "hospitl_a"], "did you mean hospital_a?"),
+        (["invite", "hospital_a", "--valid-hours", "nan"], "--valid-hours is nan, but must be above 0"),
+        (["invite", "hospital_a", "--valid-hours", "1e300"], "--valid-hours is 1e+300, but must be above 0"),
         (["revoke", "hospital_b"], "there is nothing to revoke"),
         (["revoke", "nobody"], "site is nobody, but the configuration lists"),
         (["export", "out"], "no round is done, so there is no model to export"),

@@ -1,6 +1,7 @@
 """The daemons by themselves: who waits for whom, who is refused, and how each leaves."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ import psutil
 import pytest
 import zmq
 
+from easy_site import write_easy_site
 from fedoap.identity import curve_keys, fingerprint
 from fedoap.sitefolder import SiteFolder
 from fedoap_node.link import Address, Link, News
@@ -81,6 +83,30 @@ def test_an_unknown_key_is_refused_and_both_sides_say_so(federate: "Callable[...
 
     assert federation.ended("hospital_a") == 2
     assert "is not about site hospital_a and its keys" in last_line(federation, "hospital_a")
+
+
+def test_a_node_does_not_speak_with_another_sites_identity(federate: "Callable[..., Federation]") -> None:
+    federation = federate()
+    shutil.rmtree(federation.site("hospital_a") / "identity")
+    shutil.copytree(federation.site("hospital_b") / "identity", federation.site("hospital_a") / "identity")
+    federation.start_node("hospital_a")
+
+    assert federation.ended("hospital_a") == 2
+    assert "is that of site hospital_b, but the folder is hospital_a's" in last_line(federation, "hospital_a")
+
+
+def test_a_missing_mask_stops_the_node_before_it_costs_the_federation_a_round(
+    federate: "Callable[..., Federation]",
+) -> None:
+    federation = federate()
+    folder = federation.site("hospital_a")
+    write_easy_site(folder / "data")
+    (folder / "data/training0-mask.png").unlink()
+    (folder / "site.toml").write_text('[data]\ndatalist = "data/datalist.json"\nmodality = "photo"\n')
+    federation.start_node("hospital_a")
+
+    assert federation.ended("hospital_a") == 2
+    assert "case training0: label" in last_line(federation, "hospital_a")
 
 
 def test_a_private_key_that_others_can_read_stops_the_node(federate: "Callable[..., Federation]") -> None:
