@@ -146,7 +146,8 @@ def expected(case: Case, given: Tensors, dout: Tensor, dlse: Tensor | None) -> T
         )  # fmt: skip
         out, lse, found = gradients(problem, dout[b : b + 1], None if dlse is None else dlse.narrow(-3, b, 1))
         rows.append({"out": out, "lse": lse, **found})
-    whole = {name: torch.cat([row[name] for row in rows]) for name in ("out", "q", "k", "v", "gate") if name in rows[0]}
+    joined = [name for name in ("out", "q", "k", "v", "gate") if name in rows[0]]
+    whole: Tensors = {name: torch.cat([row[name] for row in rows]) for name in joined}
     whole["lse"] = torch.cat([row["lse"] for row in rows], dim=-3)
     for name in given.keys() - whole.keys():
         whole[name] = torch.stack([row[names.get(name, name)] for row in rows]).sum(0)
