@@ -1,16 +1,23 @@
 """Decoupled cross-attention in plain PyTorch: what every other backend must reproduce.
 
-B batch, H heads, N queries, L local keys, M bank slots, D channels. Autograd derives the gradients.
+B batch, H heads, N queries, L local keys, M bank slots, D channels. In parts, by `cached`; as one expression
+whose gradients autograd derives where a compiler looks on.
 """
 
 import torch
 from torch import Tensor
 
+from fedoap.kernels.dca import cached
 from fedoap.kernels.dca.problem import Problem, ordered_like
 
 
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return attention and log-sum-exp, both differentiable."""
+    # a compiler fuses the plain form better than it follows a loop over parts
+    return _plain(problem) if torch.compiler.is_compiling() else cached.attend(problem)
+
+
+def _plain(problem: Problem) -> tuple[Tensor, Tensor]:
     work = problem.wide
     q = problem.q.to(work) * problem.scale
     k, v, bank_k, bank_v = (x.to(work) for x in (problem.k, problem.v, problem.bank_k, problem.bank_v))
