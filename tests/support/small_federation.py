@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from easy_site import write_easy_site
 from fedoap.aggregation import merge_models
-from fedoap.bank import merge_bank
+from fedoap.bank import BankKind, merge_bank
 from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
 from fedoap_node.job import Job, JobKind, JobResult
@@ -45,7 +45,7 @@ class SmallFederation:
         }
 
     def _refresh(self, number: int) -> None:
-        kind: JobKind = "seed" if self.bank is None else "bank"
+        kind: BankKind = "seed" if self.bank is None else "bank"
         previous = None if self.bank is None else (self.bank, _manifest(self.bank))
         output = self.folder / f"bank{number}.blob"
         updates = self._exchange(kind, number)
