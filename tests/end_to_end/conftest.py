@@ -23,7 +23,7 @@ from fedoap_node.join import join
 
 SITES = ("hospital_a", "hospital_b", "hospital_c")
 WORKER = Path(__file__).with_name("standin_worker.py")
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 Row = dict[str, str | int | float]
 
 CONFIG = """\
