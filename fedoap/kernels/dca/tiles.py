@@ -85,7 +85,7 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
     ("hopper", "half", 256): Tiles(Tile(64, 32, 4, 3), *_WIDE),
     ("hopper", "tf32", 64): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     ("hopper", "tf32", 128): Tiles(Tile(128, 16, 8, 3), *_WIDE),
-    ("ampere", "half", 64): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    ("ampere", "half", 64): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
     ("ampere", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 64, 8, 2)),
     ("ampere", "half", 256): Tiles(Tile(32, 16, 8, 2), *_WIDE),
     ("ampere", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),

@@ -126,7 +126,7 @@ TABLE: dict[tuple[Hardware, Numbers], Tiles] = {
     ("hopper", "tf32"): Tiles(
         scores=Tile(128, 128, 32, 8, 3),
         average=Tile(128, 128, 32, 8, 3),
-        slopes=Tile(128, 128, 32, 8, 2),
+        slopes=Tile(128, 64, 32, 8, 3),
         contract=Tile(128, 128, 32, 8, 3),
     ),
     ("ampere", "tf32"): Tiles(

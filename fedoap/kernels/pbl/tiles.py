@@ -32,7 +32,7 @@ _WARPS_WANTED = 132 * 32
 _TABLE: dict[Pass, Tiles] = {
     "forward": Tiles(lanes=128, warps=4, steps=16),
     "backward": Tiles(lanes=32, warps=1, steps=8),
-    "extraction": Tiles(lanes=64, warps=2, steps=16),
+    "extraction": Tiles(lanes=32, warps=1, steps=16),
 }
 
 CANDIDATES: tuple[Tiles, ...] = tuple(
