@@ -64,7 +64,7 @@ def test_a_simulation_that_is_stopped_ends_everything_it_started(
 
     simulation.send_signal(number)
 
-    assert simulation.wait(60) == code
+    assert simulation.wait(240) == code
     _await(lambda: _running_in(tmp_path) == [])
 
 
