@@ -91,7 +91,7 @@ TABLE: dict[tuple[Hardware, Numbers, int], Tiles] = {
     ("ampere", "tf32", 64): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     ("ampere", "tf32", 128): Tiles(Tile(16, 32, 4, 2), *_WIDE),
     ("ada", "half", 64): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    ("ada", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("ada", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2)),
     ("ada", "half", 256): Tiles(Tile(32, 32, 8, 2), *_WIDE),
     ("ada", "tf32", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     ("ada", "tf32", 128): Tiles(Tile(32, 32, 8, 2), *_WIDE),
@@ -106,6 +106,8 @@ GATED: dict[tuple[Hardware, Numbers, int], Tile] = {
     ("hopper", "half", 256): Tile(64, 32, 8, 2),
     ("ampere", "half", 256): Tile(16, 32, 8, 2),
     ("ada", "half", 256): Tile(32, 16, 8, 2),
+    ("ampere", "half", 128): Tile(128, 16, 8, 2),
+    ("ada", "half", 128): Tile(64, 32, 8, 2),
 }
 """Tiles of `attend` for `gated`, where those of the table would spill."""
 

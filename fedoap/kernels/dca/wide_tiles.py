@@ -139,7 +139,7 @@ TABLE: dict[tuple[Hardware, Numbers], Tiles] = {
         scores=Tile(128, 128, 32, 8, 2),
         average=Tile(128, 64, 32, 8, 2),
         slopes=Tile(128, 64, 32, 8, 2),
-        contract=Tile(128, 64, 32, 8, 2),
+        contract=Tile(128, 64, 16, 8, 2),
     ),
     ("cdna", "tf32"): Tiles(
         scores=Tile(128, 128, 32, 4, 1),
