@@ -10,14 +10,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# the oldest Triton that kernels are compiled with, beside the installed one
+OTHER := $(VENV)/triton-3.6.0
 
 .PHONY: demo test check bench wheel setup clean
 
 demo: $(READY)
 	$(BIN)/fedoap demo --out demo --overwrite
 
-test: $(READY)
-	$(BIN)/python -Im pytest
+test: $(READY) $(OTHER)/.ready
+	FEDOAP_OTHER_TRITON=$(abspath $(OTHER)) $(BIN)/python -Im pytest
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -26,7 +28,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -Im pytest benchmarks/bench_kernels.py
+	$(BIN)/python -Im pytest benchmarks --benchmark-only
 	$(BIN)/python benchmarks/rounds.py
 
 wheel: $(READY)
@@ -40,6 +42,10 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[node]" --group dev
+	touch $@
+
+$(OTHER)/.ready: Makefile $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OTHER) triton==3.6.0
 	touch $@
 
 clean:

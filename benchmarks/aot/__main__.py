@@ -67,13 +67,14 @@ def _work(target: str) -> int:
 
 
 def summary(records: Sequence[dict[str, object]]) -> str:
-    """Return a markdown table: a line for each kernel and target, the extremes over its cases."""
-    groups: dict[tuple[str, str, str], list[dict[str, object]]] = defaultdict(list)
+    """Return a markdown table: a line for each kernel and target, the extremes over its cases and versions."""
+    groups: dict[tuple[str, str], list[dict[str, object]]] = defaultdict(list)
     for record in records:
-        groups[str(record["kernel"]), str(record["target"]), str(record["triton"])].append(record)
+        groups[str(record["kernel"]), str(record["target"])].append(record)
     head = ("kernel", "target", "triton", "launches", "registers", "stack", "shared KB", "matrix", "16-byte loads")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for (kernel, target, triton), group in sorted(groups.items()):
+    for (kernel, target), group in sorted(groups.items()):
+        triton = ", ".join(sorted({str(r["triton"]) for r in group}))
         shared = _range([round(int(str(r["shared"])) / 1024) for r in group])
         matrix = _range([sum(int(str(r[name])) for name in ("wgmma", "mma", "mfma")) for r in group])
         cells = (_range([int(str(r[name])) for r in group]) for name in ("registers", "stack", "wide_loads"))
