@@ -234,7 +234,7 @@ def _timed(row: Row, contest: Contest[C], entry: _Entry[C], watch: Stopwatch, ce
 
 def _relative(found: Tensor, exact: Tensor) -> float:
     exact = exact.double()
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((found.detach().double() - exact).norm() / exact.norm())
 
 
 def _short(errors: tuple[float, ...]) -> str:
