@@ -9,6 +9,7 @@ is visible in `fed.example.toml` and `site.example.toml`, which a test loads.
 import difflib
 import hashlib
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
@@ -28,6 +29,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Attention = Literal["off", "projection", "joint", "gated"]
 Modality = Literal["mr", "ct", "ultrasound", "photo"]
+
+
+KERNELS_VARIABLE = "FEDOAP_KERNELS"
+BACKENDS = ("auto", "eager", "triton")
+"""What it may ask for; `fedoap.kernels.backend` says the same, but nobody can read it without loading torch."""
 
 
 class Frozen(BaseModel):
@@ -316,6 +322,17 @@ class ModelRecord(Frozen):
 FrozenT = TypeVar("FrozenT", bound=Frozen)
 
 
+def check_kernels_setting() -> None:
+    """Return if the environment variable FEDOAP_KERNELS is unset or names a backend.
+
+    Raises:
+        ConfigError: it names no backend.
+    """
+    asked = os.environ.get(KERNELS_VARIABLE) or "auto"
+    if asked not in BACKENDS:
+        raise ConfigError(f"{KERNELS_VARIABLE} is {asked!r}, but must be one of {', '.join(BACKENDS)}")
+
+
 def load_federation(path: Path) -> FederationConfig:
     """Return the checked `fed.toml`, its state folder made absolute.
 
@@ -364,7 +381,9 @@ def load_toml(path: Path, model: type[FrozenT]) -> FrozenT:
 
 
 def _first_line(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors(include_url=False)[0]
+    faults = error.errors(include_url=False)
+    # a misspelt key is missing under its right name too: the misspelling is what to tell
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     key = ".".join(str(part) for part in first["loc"])
     match first["type"]:
         case "extra_forbidden":

@@ -46,6 +46,10 @@ class StorageError(FedoapError):
     """The disk refused: full, read-only, locked by another process."""
 
 
+class DiskError(StorageError):
+    """The disk refused a daemon at its work: it may go on once there is room, so it is worth starting again."""
+
+
 class ProcessError(FedoapError):
     """A process that was started here ended before its work was done."""
 

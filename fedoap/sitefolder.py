@@ -90,7 +90,7 @@ def find_site(site: str, home: Path | None = None) -> SiteFolder:
         folder = SiteFolder(place / site)
         if folder.federation.is_file():
             return folder
-    looked = ", ".join(str(place / site) for place in places)
+    looked = ", ".join(str(SiteFolder(place / site).federation) for place in places)
     raise ConfigError(f"site {site}: has no folder on this machine, looked for {looked}; join first or name --home")
 
 

@@ -101,6 +101,7 @@ def test_a_mistake_is_one_line_with_file_key_and_expectation(tmp_path: Path, tex
         ('federation = "f"\nsites = ["a", "a"]', "sites is ['a', 'a'], but each name may occur once"),
         ('federation = "f"\nsites = ["A b"]', "sites.0 is 'A b', but string should match pattern"),
         ('federation = "../f"\nsites = ["a"]', "federation is '../f', but string should match pattern"),
+        ('federation = "f"\nsite = ["a"]', "unknown key site; did you mean sites?"),
         ('federation = "f"\nfederation = "g"', "Cannot overwrite a value"),
         ('federation = "f', "Unterminated string"),
     ],

@@ -12,7 +12,7 @@ import click
 
 import fedoap
 from fedoap.config import FederationConfig, load_federation
-from fedoap.errors import ConfigError, FedoapError
+from fedoap.errors import ConfigError, DiskError, FedoapError
 from fedoap.identity import SECRET_BYTES, fingerprint
 from fedoap.strategies import personal_parts
 from fedoap_coordinator import reports
@@ -131,23 +131,25 @@ def export(context: click.Context, folder: Path, config_path: Path | None) -> No
 
 
 def main() -> None:
-    """Run the command line; what a user can set right is one line and exit code 2."""
+    """Run the command line; what a user can set right is one line and exit code 2, 1 if waiting may help."""
     try:
         cli.main(prog_name="fedoap-coordinator", standalone_mode=False)
     except click.ClickException as error:
         sys.exit(_complain(error.format_message()))
     except click.Abort:
         sys.exit(130)
+    except DiskError as error:
+        sys.exit(_complain(str(error), code=1))
     except FedoapError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
         sys.exit(_complain(f"{error.filename or 'disk'}: the system refused: {error.strerror}"))
 
 
-def _complain(text: str) -> int:
+def _complain(text: str, code: int = 2) -> int:
     one_line = " ".join(text.split())
     click.echo(f"fedoap-coordinator: {one_line}", err=True)
-    return 2
+    return code
 
 
 def _load(context: click.Context, path: Path | None) -> FederationConfig:

@@ -6,7 +6,9 @@ withdrawn or has expired still opens a connection, so that the site can be told 
 """
 
 import difflib
+import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError
@@ -105,8 +107,8 @@ def _unusable(given: Invite, now: float) -> Answer:
     elif given.withdrawn:
         why = f"this token was withdrawn, or a newer one was made for {given.site}; use that"
     else:
-        hours = (now - given.expires) / SECONDS_PER_HOUR
-        why = f"this token expired {hours:.1f} hours ago by the coordinator's clock"
+        ago = timedelta(seconds=math.ceil(now - given.expires))
+        why = f"this token expired {ago} ago by the coordinator's clock"
     return _no("token", f"{why}; a new one is made by: fedoap-coordinator invite {given.site}")
 
 

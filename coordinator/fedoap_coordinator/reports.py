@@ -92,9 +92,9 @@ def status_lines(config: FederationConfig, ledger: Ledger, pid: int | None) -> I
     for row in tasks[-1:]:
         here = [update.site for update in ledger.updates(row.task)]
         missing = [name for name in row.manifest.cohort if name not in here]
-        opened = datetime.fromtimestamp(row.opened, UTC).isoformat(timespec="seconds")
+        since = datetime.fromtimestamp(row.closed or row.opened, UTC).isoformat(timespec="seconds")
         what = f"round {row.manifest.round} {row.manifest.kind}, attempt {row.manifest.attempt}"
-        yield f"{what}: {row.outcome or 'open'} since {opened}" + ("" if row.outcome else _missing(missing))
+        yield f"{what}: {row.outcome or 'open'} since {since}" + ("" if row.outcome else _missing(missing))
     if pid:
         yield from _live(state / STATUS)
 
@@ -154,7 +154,8 @@ def _live(path: Path) -> Iterator[str]:
     if view["status"]["reason"]:
         yield view["status"]["reason"]
     for site in view["status"]["sites"]:
-        heard = "never heard" if site["heard_seconds"] is None else f"heard {site['heard_seconds']:.0f} s ago"
+        seconds = site["heard_seconds"]
+        heard = "not heard since the coordinator started" if seconds is None else f"heard {seconds:.0f} s ago"
         stage = f", {site['stage']} {site['step']}/{site['steps']}" if site["steps"] else ""
         yield f"  {site['name']}: {site['state']}, {heard}{stage}"
 

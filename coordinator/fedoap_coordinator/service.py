@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
 import zmq
@@ -17,7 +17,7 @@ from rich.console import Console as Terminal
 
 from fedoap import __version__
 from fedoap.config import FederationConfig
-from fedoap.errors import ConfigError, FedoapError, StorageError
+from fedoap.errors import ConfigError, DiskError, FedoapError, StorageError
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Note
 from fedoap_coordinator.blobs import Blobs
@@ -39,7 +39,8 @@ def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: boo
     """Run a federation's coordinator until a signal or, if so asked, until the run is over.
 
     Raises:
-        FedoapError: something that the operator can set right; nothing that a site was told is lost.
+        FedoapError: something that the operator can set right; nothing that a site was told is lost. A
+            `DiskError` may be over by the next start.
     """
     state = config.coordinator.state
     keys = prepare(state)
@@ -48,12 +49,22 @@ def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: boo
         try:
             with _daemon(config, keys, ledger, journal, terminal) as daemon, _until_signalled(daemon):
                 daemon.serve(exit_when_finished=exit_when_finished)
-        except FedoapError as error:
-            journal.write(Note("ended_by_error", {"reason": str(error)}))
-            raise
+        except StorageError as error:
+            raise _noted(journal, DiskError(str(error))) from error
         except OSError as error:
-            raise StorageError(f"{error.filename or state}: the system refused: {error.strerror}") from error
+            raise _noted(
+                journal, DiskError(f"{error.filename or state}: the system refused: {error.strerror}")
+            ) from error
+        except FedoapError as error:
+            raise _noted(journal, error) from error.__cause__
         journal.write(Note("ended"))
+
+
+def _noted(journal: Journal, error: FedoapError) -> FedoapError:
+    """Return the error, written down where the disk still takes it."""
+    with suppress(OSError):
+        journal.write(Note("ended_by_error", {"reason": str(error)}))
+    return error
 
 
 def check_plan(ledger: Ledger, config: FederationConfig) -> None:

@@ -36,6 +36,7 @@ class Attendance:
         self._doors: dict[str, tuple[_Door, ...]] = {}
         self._joined: dict[str, _Door] = {}
         self._heard: dict[str, float] = {}
+        self._last_heard: dict[str, float] = {}
         self._opened = 0
 
     def open(self, site: str, route: bytes, message: Open) -> Challenge:
@@ -69,7 +70,7 @@ class Attendance:
         if before is not None and before.order > door.order:
             raise _superseded(member.name)
         self._joined[member.name] = door
-        self._heard[member.name] = now
+        self.hear(member.name, now)
         return before.route if before is not None and before.route != route else None
 
     def require(self, site: str, route: bytes) -> None:
@@ -87,7 +88,7 @@ class Attendance:
 
     def hear(self, site: str, now: float) -> None:
         """Note a sign of life."""
-        self._heard[site] = now
+        self._heard[site] = self._last_heard[site] = now
 
     def leave(self, site: str) -> None:
         """Forget a site's connections: it has to open again, and is not waited for."""
@@ -104,8 +105,12 @@ class Attendance:
         return self._joined[site].software
 
     def heard(self, site: str) -> float:
-        """Return when the site was last heard, minus infinity where it never was."""
+        """Return when the site was last heard, minus infinity where it never was or took its leave."""
         return self._heard.get(site, -math.inf)
+
+    def last_heard(self, site: str) -> float | None:
+        """Return when the site was last heard, though it may have left since; None where it never was."""
+        return self._last_heard.get(site)
 
     def is_silent(self, site: str, since: float, now: float, silence_seconds: float) -> bool:
         """Return whether nothing was heard for too long; `since` is when listening began."""

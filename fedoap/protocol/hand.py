@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedoap.messages import Commit, Credit, Failed, Go, Progress, RefusalCode, Refuse, Wait
-from fedoap.protocol.events import Committed, Say, SiteEffect, StartWork, StopWork, WorkDone, WorkProgress
+from fedoap.protocol.events import Committed, Note, Say, SiteEffect, StartWork, StopWork, WorkDone, WorkProgress
 from fedoap.protocol.fetching import Fetching
 from fedoap.protocol.offering import Offering
 from fedoap.tensors import TaskManifest
@@ -138,10 +138,11 @@ class Hand:
             return []
         if message.code == "no_space":
             work.offering.put_off(now)
-        elif message.code in OVER_CODES:
+            return [Note("upload_refused", {"code": message.code, "reason": message.reason})]
+        if message.code in OVER_CODES:
             self.last = work.task
             return self.drop()
-        elif message.code != "corrupt" or work.offering.is_damaged(now):
+        if message.code != "corrupt" or work.offering.is_damaged(now):
             _fail(work, f"the coordinator refused the result: {message.reason}", now)
         return []
 

@@ -32,6 +32,8 @@ from fedoap.tensors import BlobManifest, TaskManifest
 
 FIRST_MERGE_PAUSE_SECONDS = 10.0
 """Until a merge that failed is tried again; doubles each time, since a full disk needs an operator."""
+ATTEMPT_PAUSES_SECONDS = (30.0, 120.0, 480.0, 1920.0)
+"""Until a step that sites could not do is tried again: what ails them may pass, or needs their operator."""
 MOST_TEXT = 500
 """Characters of a reason that a message can carry."""
 
@@ -56,6 +58,7 @@ class Rounds:
         self._gathering = Gathering(config.quorum, config.rounds.silence_seconds)
         self._silent: frozenset[str] = frozenset()
         self._has_ended = False
+        self._open_at = -math.inf
 
     @property
     def step(self) -> Step | None:
@@ -77,6 +80,11 @@ class Rounds:
     def live(self) -> tuple[str, ...]:
         """The sites that were heard lately, in the configuration's order."""
         return tuple(site for site in self.config.sites if site in self.active and not self.is_silent(site))
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the step that failed is tried again."""
+        return max(0.0, self._open_at - self.now)
 
     @property
     def published(self) -> tuple[BlobManifest, ...]:
@@ -214,11 +222,11 @@ class Rounds:
                 exchange.merging = exchange.counted(opened)
                 return [*self.uploads.clear(), *self._merge(exchange)]
             case "abandoned":
-                return self._close("abandoned", None, _why(exchange, tally))
+                return self._close("abandoned", None, self._why(exchange, tally))
 
     def _open_next(self) -> Effects:
         expected = [site for site in self.config.sites if site not in self.revoked]
-        if not self._gathering.is_over(len(self.live), len(expected), self.now):
+        if not self._gathering.is_over(len(self.live), len(expected), self.now) or self.pause > 0:
             return []
         manifest = self._manifest()
         packed = manifest.pack()
@@ -257,6 +265,8 @@ class Rounds:
         record = RecordClosed(exchange.task, outcome, counted, result, reason)
         self.history = after(self.history, record)
         self.exchange = None
+        if outcome == "abandoned" and exchange.failed:
+            self._open_at = self.now + self._pause_before_next()
         return [*self.uploads.clear(), record, _closed(exchange, record, self.now)]
 
     def _say_end(self) -> Effects:
@@ -277,8 +287,22 @@ class Rounds:
         self.exchange.failed[site] = reason
         return [Note("site_failed", {"site": site, "reason": reason}), *self.uploads.end(site, self.now)]
 
+    def _pause_before_next(self) -> float:
+        vain, step = attempts(self.history.closed), self.step
+        if step is not None and step.kind == "init":  # a site at a time: the next one may well be able to
+            vain -= len(self.config.sites) - 1
+        return ATTEMPT_PAUSES_SECONDS[min(vain, len(ATTEMPT_PAUSES_SECONDS)) - 1] if vain > 0 else 0.0
+
     def _quorum(self, manifest: TaskManifest) -> int:
         return 1 if manifest.kind == "init" else self.config.quorum
+
+    def _why(self, exchange: Exchange, tally: Tally) -> str:
+        """Return why an exchange cannot be done, for the operator who reads it the next morning."""
+        counted = f"{len(tally.committed)} of {len(tally.cohort)} sites committed, but {tally.quorum} are needed"
+        failed = [f"{site} failed: {reason}" for site, reason in sorted(exchange.failed.items())]
+        words = {True: "fell silent", False: "was still at work"}
+        missing = [f"{site} {words[self.is_silent(site)]}" for site in tally.missing]
+        return "; ".join([counted, *failed, *missing])[:MOST_TEXT]
 
 
 def _committed(one: Upload, exchange: Exchange, now: float) -> Note:
@@ -300,10 +324,3 @@ def _closed(exchange: Exchange, record: RecordClosed, now: float) -> Note:
         "task_closed",
         {**fields, "counted": len(record.counted), "seconds": now - exchange.opened_at, "reason": record.reason},
     )
-
-
-def _why(exchange: Exchange, tally: Tally) -> str:
-    counted = f"{len(tally.committed)} of {len(tally.cohort)} sites committed, but {tally.quorum} are needed"
-    failed = [f"{site} failed: {reason}" for site, reason in sorted(exchange.failed.items())]
-    missing = [f"{site} did not answer" for site in tally.missing]
-    return "; ".join([counted, *failed, *missing])[:MOST_TEXT]

@@ -8,7 +8,7 @@ from fedoap.tensors import TaskKind
 SiteState: TypeAlias = Literal[
     "absent", "idle", "working", "waiting", "uploading", "committed", "failed", "silent", "revoked"
 ]
-"""`absent` was never heard of; `waiting` has offered its result and others are ahead of it."""
+"""`absent` never came or took its leave; `waiting` has offered its result and others are ahead of it."""
 RunState: TypeAlias = Literal["waiting", "open", "merging", "finished", "stopped"]
 
 
@@ -19,7 +19,7 @@ class SiteStatus:
     name: str
     state: SiteState
     heard_seconds: float | None = None
-    """Seconds since its last message, or None where there was none."""
+    """Seconds since its last message, or None where there was none since the coordinator's start."""
     stage: str = ""
     step: int = 0
     steps: int = 0

@@ -45,11 +45,11 @@ def _state(word: Idle, exchange: Exchange | None) -> RunState:
 
 
 def _site(rounds: Rounds, site: str, is_committed: bool) -> SiteStatus:
-    heard, said, upload = rounds.attendance.heard(site), rounds.progress.get(site), rounds.uploads.find(site)
+    heard, said, upload = rounds.attendance.last_heard(site), rounds.progress.get(site), rounds.uploads.find(site)
     status = SiteStatus(
         site,
         _site_state(rounds, site, is_committed),
-        None if heard == -math.inf else rounds.now - heard,
+        None if heard is None else rounds.now - heard,
         received=upload.receiver.at if upload else 0,
         size=upload.receiver.blob.size if upload else 0,
     )
@@ -106,6 +106,9 @@ def _reason_to_wait(rounds: Rounds) -> str:
         return f"quorum is {quorum}, but only {len(active)} of {len(sites)} sites are enrolled and not revoked"
     live = frozenset(rounds.live)
     away = [site for site in sites if site not in live and site not in rounds.revoked]
+    if rounds.pause > 0 and len(live) >= quorum:
+        last = rounds.history.closed[-1].reason
+        return f"{rounds.step} is tried again in {rounds.pause:.0f} s; it failed because {last}"
     return f"{len(live)} of {len(sites)} sites are here, quorum is {quorum}: waiting for {_names(rounds, away)}"
 
 

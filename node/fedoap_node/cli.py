@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -11,8 +12,8 @@ import click
 from pydantic import ValidationError
 
 import fedoap
-from fedoap.config import Modality, ModelRecord, SiteConfig, load_site
-from fedoap.errors import ConfigError, FedoapError, StorageError
+from fedoap.config import Modality, ModelRecord, SiteConfig, check_kernels_setting, load_site
+from fedoap.errors import ConfigError, DiskError, FedoapError, StorageError
 from fedoap.identity import fingerprint
 from fedoap.sitefolder import SiteFolder, find_site
 from fedoap_node.daemon import Node
@@ -110,31 +111,44 @@ def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
     try:
         Node(member, state, config, journal).run(exit_when_finished=exit_when_finished)
         journal.note("ended", "ended in good order")
-    except FedoapError as error:
-        journal.note("ended", "ended by an error", level="error", reason=str(error))
-        raise
+    except (FedoapError, OSError) as error:
+        with suppress(OSError):  # the log may lie on the disk that is full
+            journal.note("ended", "ended by an error", level="error", reason=str(error))
+        if isinstance(error, FedoapError) and not isinstance(error, StorageError):
+            raise
+        raise DiskError(_words(error)) from error
     finally:
         journal.close()
 
 
 def main() -> None:
-    """Run the command line; errors that a user can set right are one line and exit code 2."""
+    """Run the command line; errors that a user can set right are one line and exit code 2, 1 if waiting may help."""
     try:
         cli.main(prog_name="fedoap-node", standalone_mode=False)
     except click.ClickException as error:
         sys.exit(_complain(error.format_message()))
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except DiskError as error:
+        sys.exit(_complain(str(error), code=1))
     except FedoapError as error:
         sys.exit(_complain(str(error)))
     except OSError as error:
-        sys.exit(_complain(f"{error.filename or 'disk'}: the system refused: {error.strerror}"))
+        sys.exit(_complain(_words(error)))
 
 
-def _complain(text: str) -> int:
+def _complain(text: str, code: int = 2) -> int:
     one_line = " ".join(text.split())
     click.echo(f"fedoap-node: {one_line}", err=True)
-    return 2
+    return code
+
+
+def _words(error: FedoapError | OSError) -> str:
+    return (
+        f"{error.filename or 'disk'}: the system refused: {error.strerror}"
+        if isinstance(error, OSError)
+        else str(error)
+    )
 
 
 def _check(config: SiteConfig, folder: SiteFolder) -> None:
@@ -144,6 +158,7 @@ def _check(config: SiteConfig, folder: SiteFolder) -> None:
         raise ConfigError(f"{folder.config}: data.datalist is {config.data.datalist}, but there is no such file")
     if config.worker.command is not None:
         return
+    check_kernels_setting()
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("torch is not installed, but training needs it: pip install 'fedoap[node]'")
     from fedoap.segmentation.datalist import SPLITS, load_datalist

@@ -1,5 +1,6 @@
 """The command line: one line for what an operator can set right, and nothing that needs torch."""
 
+import errno
 import json
 import re
 import subprocess
@@ -12,11 +13,12 @@ from click.testing import CliRunner, Result
 
 import fedoap
 from fedoap.config import FederationConfig, ModelRecord, load_federation
-from fedoap.errors import FedoapError
+from fedoap.errors import FedoapError, StorageError
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, read_blob, write_blob
 from fedoap_coordinator.blobs import Blobs
-from fedoap_coordinator.cli import cli
+from fedoap_coordinator.cli import cli, main
+from fedoap_coordinator.daemon import Daemon
 from fedoap_coordinator.folder import open_ledger, prepare
 from fedoap_coordinator.store import Made, Store
 
@@ -207,3 +209,23 @@ def test_the_coordinator_starts_without_torch_and_in_half_a_second() -> None:
     print(f"CPU seconds until imported: {command:.3f} for a command, {whole:.3f} for the daemon")  # noqa: T201
 
     assert command < 0.5
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "log"), StorageError("ledger full")]
+)
+def test_a_disk_that_refuses_a_coordinator_at_work_is_worth_another_start(
+    fed_toml: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Planted bug: exit code 2, after which systemd leaves the coordinator down for good."""
+
+    def run_out_of_room(_daemon: Daemon, *, exit_when_finished: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(Daemon, "serve", run_out_of_room)
+    monkeypatch.setattr(sys, "argv", ["fedoap-coordinator", "--config", str(fed_toml)])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 1

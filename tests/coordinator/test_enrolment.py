@@ -111,7 +111,7 @@ def test_an_expired_token_is_refused_and_says_since_when(desk: Desk) -> None:
     refused = refusal(desk.ask(token, request(token), now=EXPIRES + 7200.0))
 
     assert refused.code == "token"
-    assert "expired 2.0 hours ago" in refused.reason
+    assert "expired 2:00:00 ago" in refused.reason
 
 
 def test_an_older_token_is_void_once_a_newer_one_is_made(desk: Desk) -> None:

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 import warnings
+from typing import get_args
 
 import pytest
 import torch
 
+from fedoap import config
 from fedoap.kernels import backend as backends
 from fedoap.kernels.backend import VARIABLE, Backend, choose
 
@@ -98,3 +100,9 @@ def test_without_triton_plain_pytorch_runs() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
 
     assert done.stdout == "16.0\n"
+
+
+def test_configuration_and_kernels_know_the_same_backends() -> None:
+    """The node names the setting's fault before it dials, and must not load torch for that."""
+    assert get_args(Backend) == config.BACKENDS
+    assert VARIABLE == config.KERNELS_VARIABLE

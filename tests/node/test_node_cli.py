@@ -1,5 +1,6 @@
 """The command line: one line and exit code 2 for what the site's operator can set right."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fedoap.errors import StorageError
 from fedoap.identity import Certificate, curve_keys, signing_keys
+from fedoap_node.cli import main
+from fedoap_node.daemon import Node
 from fedoap_node.membership import Membership
 
 FEDERATION, SITE = signing_keys(b"f" * 32), signing_keys(b"s" * 32)
@@ -95,3 +99,36 @@ def test_what_is_wrong_in_a_site_s_folder_is_one_line_that_names_the_file(
 
     assert said.returncode == 2
     assert re.fullmatch(rf"fedoap-node: [^\n]*{expected}\n", said.stderr), said.stderr
+
+
+def test_unknown_kernels_are_refused_before_the_site_dials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bug: left to the worker, which would fail once an attempt."""
+    folder = joined(tmp_path)
+    (folder / "site.toml").write_text('[data]\ndatalist = "../list.json"\n')
+    monkeypatch.setenv("FEDOAP_KERNELS", "bogus")
+
+    said = run(tmp_path, "--site", "hospital_a", "--home", str(tmp_path))
+
+    assert said.returncode == 2
+    assert said.stderr == "fedoap-node: FEDOAP_KERNELS is 'bogus', but must be one of auto, eager, triton\n"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "log"), StorageError("ledger full")]
+)
+def test_a_disk_that_refuses_a_node_at_work_is_worth_another_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Planted bug: exit code 2, after which systemd leaves the node down for good."""
+
+    def run_out_of_room(_node: Node, *, exit_when_finished: bool) -> None:
+        raise error
+
+    joined(tmp_path)
+    monkeypatch.setattr(Node, "run", run_out_of_room)
+    monkeypatch.setattr(sys, "argv", ["fedoap-node", "--site", "hospital_a", "--home", str(tmp_path)])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 1

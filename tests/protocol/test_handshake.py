@@ -1,3 +1,5 @@
+import pytest
+
 from desk import Desk, code_of
 from federation_builders import FEDERATION_SECRET, curve, public, roster, secret
 from fedoap.identity import HELLO_CONTEXT, hello_payload, is_signed
@@ -177,6 +179,19 @@ def test_a_site_that_said_bye_has_to_open_again() -> None:
     desk.say("alpha", Bye())
 
     assert code_of(desk.say("alpha", Sync(b""))) == "not_joined"
+
+
+def test_a_site_that_left_is_absent_but_was_heard() -> None:
+    """Planted bug: the time of its last message forgotten with its connection, as if it had never come."""
+    desk = Desk()
+    desk.join("alpha")
+    desk.say("alpha", Bye())
+    desk.wait(7.0)
+
+    alpha, beta, _ = desk.machine.status().sites
+
+    assert (alpha.state, alpha.heard_seconds) == ("absent", pytest.approx(7.0))
+    assert (beta.state, beta.heard_seconds) == ("absent", None)
 
 
 def test_a_coordinator_that_stops_says_so_to_everyone() -> None:

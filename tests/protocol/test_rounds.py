@@ -233,7 +233,8 @@ def test_a_deadline_without_a_quorum_starts_the_round_anew() -> None:
     assert desk.task.work == before.work
 
 
-def test_too_many_failures_for_a_quorum_start_the_round_anew_at_once() -> None:
+def test_too_many_failures_for_a_quorum_start_the_round_anew_after_a_growing_pause() -> None:
+    """Planted bug: no pause, so that one broken worker uses up all attempts before its operator can look."""
     desk = Desk(config=config(quorum=2))
     desk.to_train()
     task = desk.open.task
@@ -241,16 +242,37 @@ def test_too_many_failures_for_a_quorum_start_the_round_anew_at_once() -> None:
     desk.say("alpha", Failed(task, "no data"))
     desk.say("beta", Failed(task, "no data"))
 
+    reason = "0 of 3 sites committed, but 2 are needed; alpha failed: no data; beta failed: no data; gamma was still"
+    assert desk.history.closed[-1].reason == f"{reason} at work"
+    assert desk.machine.status().reason.startswith("train of round 1 is tried again in 30 s; it failed because 0 of 3")
+    _idle(desk, 29.0)
+    assert desk.history.open is None
+    _idle(desk, 2.0)
     assert desk.task.attempt == 2
-    assert desk.history.closed[-1].reason == (
-        "0 of 3 sites committed, but 2 are needed; alpha failed: no data; beta failed: no data; gamma did not answer"
-    )
+
+    for site in ("alpha", "beta"):
+        desk.say(site, Failed(desk.open.task, "no data"))
+    _idle(desk, 119.0)
+    assert desk.history.open is None
+    _idle(desk, 2.0)
+    assert desk.task.attempt == 3
+
+
+def _idle(desk: Desk, seconds: float) -> None:
+    """Let time go by while every site keeps in touch."""
+    end = desk.now + seconds
+    while desk.now < end:
+        desk.now = min(end, desk.now + 5.0)
+        for site in desk.config.sites:
+            desk.say(site, Sync(b""))
+    desk.wait(0.0)
 
 
 def test_after_the_last_attempt_the_run_stops_and_says_why() -> None:
     desk = Desk(config=config(attempts=2))
     desk.to_train()
     for _ in range(2):
+        _idle(desk, 31.0)
         desk.say("alpha", Failed(desk.open.task, "no data"))
 
     answer = _due(desk, "alpha")

@@ -303,8 +303,9 @@ def test_a_full_disk_at_the_coordinator_is_waited_for(bench: Bench) -> None:
     bench.give(bench.task())
     bench.done(bench.task())
 
-    bench.hear(Refuse("no_space", "no space left", upload_name(bench.task())))
+    effects = bench.hear(Refuse("no_space", "no space left", upload_name(bench.task())))
 
+    assert Note("upload_refused", {"code": "no_space", "reason": "no space left"}) in effects
     assert _offers(bench.wait(30)) == [upload_name(bench.task())] * 2
 
 

@@ -48,9 +48,9 @@ class Sizes:
 
     batch: int = 2
     heads: int = 2
-    queries: int = 20
-    local: int = 18
-    slots: int = 35
+    queries: int = 17
+    local: int = 5
+    slots: int = 18
     channels: int = 24
     gated: bool = False
     biased: bool = True
@@ -235,7 +235,7 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("workspace", [32 * 2**20, 30_000, 1], ids=["whole", "by head", "by rows"])
+@pytest.mark.parametrize("workspace", [32 * 2**20, 15_000, 1], ids=["whole", "by head", "by rows"])
 @pytest.mark.parametrize("sizes", [JOINT, SAVED_GATED], ids=str)
 def test_no_memory_is_read_before_it_is_written(sizes: Sizes, workspace: int, nan_memory: list[int]) -> None:
     of = problem(sizes)
@@ -329,24 +329,27 @@ def test_inputs_may_be_expanded() -> None:
     check(expanded, *upstream(of), (FLOAT64_ERROR,) * 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [Sizes(2, 2, 40, 5, 20, 16), Sizes(3, 1, 20, 5, 9, 33, gated=True)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [(torch.float32, Sizes(2, 2, 33, 3, 9, 16)), (torch.bfloat16, Sizes(3, 1, 17, 5, 9, 33, gated=True))],
+    ids=str,
+)
 def test_chunking_changes_no_bit(sizes: Sizes, dtype: torch.dtype) -> None:
     """Nor does repeating. Planted bugs: a sum started anew in each chunk; bank sums ended with the first one."""
     of = problem(sizes, dtype)
     whole = run(of, *upstream(of))
 
-    for workspace in (32 * 2**20, 15_000, 1):
+    for workspace in (32 * 2**20, 9_000, 1):
         assert_same(run(of, *upstream(of), replace(TILES, workspace=workspace)), whole)
 
 
 def test_workspace_stays_within_its_limit(nan_memory: list[int]) -> None:
-    of = problem(Sizes(4, 2, 64, 40, 40, 16, biased=False), torch.float32)
-    row_bytes = TILES.width(40, 40) * 4
+    of = problem(Sizes(2, 2, 32, 10, 20, 16, biased=False), torch.float32)
+    row_bytes = TILES.width(10, 20) * 4
 
-    run(of, *upstream(of), replace(TILES, workspace=64 * row_bytes))
+    run(of, *upstream(of), replace(TILES, workspace=48 * row_bytes))
 
-    assert max(nan_memory) <= max(64 * row_bytes, of.q.nbytes)
+    assert max(nan_memory) <= max(48 * row_bytes, of.q.nbytes)
 
 
 @dataclass
