@@ -26,6 +26,7 @@ from fedoap.kernels.dca.flash_forward import LOG2E, bias_stride, block_of, cells
 from fedoap.kernels.dca.flash_gradients import PADDING, dkv_kernel, dq_kernel, plane_size
 from fedoap.kernels.dca.problem import Attended, Gradients, Problem, Wanted, dense_like
 from fedoap.kernels.dca.tiles import Tiles
+from fedoap.kernels.sizes import cdiv
 
 FOLD = 1024
 
@@ -120,7 +121,7 @@ def _statistics(
     """Return the statistics of each row, see `flash_gradients`, and the gate's gradient."""
     batch, heads, queries, _, _, channels = problem.sizes
     gate, lse = problem.gate, attended.lse
-    rows = triton.cdiv(queries, PADDING.value) * PADDING.value
+    rows = cdiv(queries, PADDING.value) * PADDING.value
     stats = lse.new_empty((2 if gate is None else 5, batch, heads, rows))
     dgate = lse.new_empty((batch, heads, queries)) if wanted.gate else None
     out = attended.out if attended.local_out is None else attended.local_out
@@ -136,7 +137,7 @@ def _dq(problem: Problem, dout: Tensor, stats: Tensor, tiles: Tiles) -> Tensor:
     batch, heads, queries, length, slots, channels = problem.sizes
     q, k, v, bank_k, bank_v = problem.q, problem.k, problem.v, problem.bank_k, problem.bank_v
     dq, tile = dense_like(q), tiles.dq
-    dq_kernel[triton.cdiv(queries, tile.queries) * batch * heads,](
+    dq_kernel[cdiv(queries, tile.queries) * batch * heads,](
         q, k, v, bank_k, bank_v, problem.bias, dout, stats, dq,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bank_k.stride()[:2], *bank_v.stride()[:2],
         *dout.stride()[:3], *dq.stride()[:3], bias_stride(problem.bias),
@@ -156,8 +157,8 @@ def _dkv(
     of_local = (wanted.k or wanted.v) and length > 0
     of_bank = (wanted.bank_k or wanted.bank_v or wanted.bias) and slots > 0
     tile, splits = tiles.dkv, tiles.splits(problem) if of_bank else 1
-    local_programs = triton.cdiv(length, tile.keys) * batch * heads if of_local else 0
-    bank_programs = triton.cdiv(slots, tile.keys) * heads * splits if of_bank else 0
+    local_programs = cdiv(length, tile.keys) * batch * heads if of_local else 0
+    bank_programs = cdiv(slots, tile.keys) * heads * splits if of_bank else 0
     dk, dv = dense_like(k), dense_like(v)
     bank_dk, bank_dv = (x.new_empty(x.shape) for x in (bank_k, bank_v))
     dbias = stats.new_empty((heads, slots)) if wanted.bias else None
@@ -174,7 +175,7 @@ def _dkv(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     if splits > 1:
-        fold_kernel[triton.cdiv(bank_dk.numel(), FOLD), 2 if dbias is None else 3](
+        fold_kernel[cdiv(bank_dk.numel(), FOLD), 2 if dbias is None else 3](
             *parts,
             bank_dk,
             bank_dv,

@@ -25,6 +25,7 @@ from torch import Tensor
 from fedoap.kernels.dca import tiles as tables
 from fedoap.kernels.dca.problem import Attended, Problem, unfilled
 from fedoap.kernels.dca.tiles import Tiles
+from fedoap.kernels.sizes import cdiv
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -179,7 +180,7 @@ def forward(problem: Problem, tiles: Tiles | None = None) -> Attended:
     bias, gate = problem.bias, problem.gate
     attended = unfilled(problem)
     tile = (tiles or tables.choose(problem)).attend
-    attend_kernel[triton.cdiv(queries, tile.queries) * batch * heads,](
+    attend_kernel[cdiv(queries, tile.queries) * batch * heads,](
         q, k, v, bank_k, bank_v, bias, gate, attended.out, attended.lse, attended.local_out, attended.bank_out,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bank_k.stride()[:2], *bank_v.stride()[:2],
         *attended.out.stride()[:3], *gate_strides(gate), bias_stride(bias),

@@ -10,7 +10,7 @@ fits there. `wide` lets them pass through memory: for large D, and for products 
 tf32, whose operands take more registers than there are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, Protocol, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ from fedoap.kernels.dca.problem import (
     unfilled_gradients,
 )
 from fedoap.kernels.dca.tiles import BACKWARD_CHANNELS, FORWARD_CHANNELS, Numbers, numbers
+from fedoap.kernels.shortcut import asks_for_gradient, is_plain
 
 Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """out, lse, local_out, bank_out, weights, pivots of `Attended`; empty for None, which operators cannot return."""
@@ -43,9 +44,14 @@ _BACK = "Tensor[] saved, Tensor dout, Tensor? dlse, bool[] wanted"
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return attention and log-sum-exp, both differentiable once."""
     p = problem
-    out, lse, *_ = dca_forward(
-        *(_inner_contiguous(x) for x in (p.q, p.k, p.v, p.bank_k, p.bank_v)), p.bias, p.gate, p.scale, p.precision
-    )
+    q, k, v, bank_k, bank_v = map(_inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
+    tensors = (q, k, v, bank_k, bank_v, p.bias, p.gate)
+    if not is_plain(*tensors):
+        out, lse, *_ = dca_forward(*tensors, p.scale, p.precision)
+    elif asks_for_gradient(*tensors):
+        out, lse = _Attention.apply(*tensors, p.scale, p.precision)
+    else:
+        out, lse, *_ = _forward(*tensors, p.scale, p.precision)
     return out, lse
 
 
@@ -159,10 +165,28 @@ class _Context(Protocol):
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
+class _Attention(torch.autograd.Function):
+    """The same without the dispatcher; what is kept is no output here."""
+
+    @staticmethod
+    def forward(ctx: _Context, *inputs: *tuple[*Tensors, float, Precision]) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx: _Context, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, dout, dlse)
+
+
 def _keep(ctx: _Context, inputs: tuple[*Tensors, float, Precision], output: Saved) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: _Context, inputs: tuple[*Tensors, float, Precision], output: Saved) -> None:
     *tensors, ctx.scale, ctx.precision = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
     out, lse, local_out, *others = output
     # where gated, only its two parts are read again: nothing keeps the output itself in memory
     ctx.save_for_backward(*tensors, local_out if local_out.numel() else out, lse, local_out, *others)
@@ -174,7 +198,10 @@ def _differentiate(
     tensors, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     wanted = ctx.needs_input_grad[:7]
     dout = torch.zeros_like(saved[0]) if dout is None else dout
-    gradients = iter(dca_backward(*tensors, ctx.scale, ctx.precision, saved, dout, dlse, wanted))
+    # under create_graph the operator itself refuses to be differentiated
+    is_direct = not torch.is_grad_enabled() and is_plain(dout, dlse, *tensors)
+    call: Callable[..., list[Tensor]] = _backward if is_direct else dca_backward
+    gradients = iter(call(*tensors, ctx.scale, ctx.precision, saved, dout, dlse, wanted))
     return (*(next(gradients) if want else None for want in wanted), None, None)
 
 

@@ -25,6 +25,7 @@ from fedoap.kernels.dca.wide_contract import column_sum, contract
 from fedoap.kernels.dca.wide_forward import LOG2E, base2_logits, in_elements, logits_tile, rounded
 from fedoap.kernels.dca.wide_strides import aligned_rows, in_units, inner_contiguous, unit, with_aligned_rows
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision, tiles_for
+from fedoap.kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -176,8 +177,8 @@ def _delta(
     out = attended.out if gate is None else attended.local_out
     assert out is not None
     delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-    rows, columns = 16, max(16, min(256, triton.next_power_of_2(channels)))
-    delta_kernel[(triton.cdiv(queries, rows) * batch * heads,)](
+    rows, columns = 16, max(16, min(256, next_power_of_2(channels)))
+    delta_kernel[(cdiv(queries, rows) * batch * heads,)](
         dout, out, attended.bank_out, gate, None if dlse is None else dlse.contiguous(), delta, dgate,
         *in_units(dout), *in_units(out), *((0, 0, 0) if gate is None else gate.stride()),
         heads, queries, batch * heads * queries,
@@ -194,7 +195,7 @@ def _fill(whole: Backward, tiles: Tiles) -> None:
     parts = list(chunks(problem, row_bytes, tiles.workspace, tiles.block))
     block_rows = tiles.slopes.rows
     if (of_bias := whole.gradients.bias) is not None:
-        shape = batch, triton.cdiv(queries, block_rows), heads, slots
+        shape = batch, cdiv(queries, block_rows), heads, slots
         whole = replace(whole, column_sums=torch.empty(shape, dtype=problem.wide, device=device))
     if len(parts) > 1:
         local_sum = torch.empty((2, length, channels), dtype=problem.wide, device=device)
@@ -221,7 +222,7 @@ def _slopes(part: Backward, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
     slopes = torch.empty((batch, heads, queries, count * padded), dtype=q.dtype, device=q.device)
     of_values = part.gradients.v is not None or part.gradients.bank_v is not None
     weights = torch.empty_like(slopes) if of_values else None
-    programs = count * (padded // tile.columns) * triton.cdiv(queries, tile.rows) * batch * heads
+    programs = count * (padded // tile.columns) * cdiv(queries, tile.rows) * batch * heads
     if programs:
         slopes_kernel[(programs,)](
             q, k, bank_k, v, bank_v, bias, gate, dout, part.attended.lse, part.delta,

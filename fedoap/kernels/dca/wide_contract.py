@@ -19,6 +19,7 @@ from fedoap.kernels.dca.wide_chunks import Backward
 from fedoap.kernels.dca.wide_forward import in_elements
 from fedoap.kernels.dca.wide_strides import in_units, unit
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision
+from fedoap.kernels.sizes import cdiv
 
 
 @triton.jit
@@ -186,12 +187,12 @@ def contract(part: Backward, slopes: Tensor, weights: Tensor | None, phase: int,
     batch, heads, queries, length, slots, channels = problem.sizes
     q, k, bank_k = problem.q, problem.k, problem.bank_k
     tile = tiles.contract.within(columns=channels)
-    slices = triton.cdiv(channels, tile.columns)
-    of_bank, of_local = (slices * triton.cdiv(keys, tile.rows) * heads for keys in (slots, length))
+    slices = cdiv(channels, tile.columns)
+    of_bank, of_local = (slices * cdiv(keys, tile.rows) * heads for keys in (slots, length))
     counts = (
         0 if got.bank_k is None else of_bank,
         0 if got.bank_v is None else of_bank,
-        0 if got.q is None else slices * triton.cdiv(queries, tile.rows) * batch * heads,
+        0 if got.q is None else slices * cdiv(queries, tile.rows) * batch * heads,
         0 if got.k is None else of_local * batch,
         0 if got.v is None else of_local * batch,
     )
@@ -217,7 +218,7 @@ def contract(part: Backward, slopes: Tensor, weights: Tensor | None, phase: int,
 def column_sum(parts: Tensor, total: Tensor) -> None:
     """Fill total (H, M) with the sum of parts (B, blocks, H, M) over the first two axes, in their order."""
     columns = 128
-    column_sum_kernel[(triton.cdiv(total.numel(), columns),)](
+    column_sum_kernel[(cdiv(total.numel(), columns),)](
         parts,
         total,
         parts.shape[0] * parts.shape[1],

@@ -25,6 +25,7 @@ from fedoap.kernels.dca.problem import Attended, Problem, unfilled
 from fedoap.kernels.dca.wide_chunks import chunks
 from fedoap.kernels.dca.wide_strides import in_units, inner_contiguous, unit, with_aligned_rows
 from fedoap.kernels.dca.wide_tiles import Tiles, dot_precision, tiles_for
+from fedoap.kernels.sizes import cdiv
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -255,7 +256,7 @@ def _launch(problem: Problem, attended: Attended, tiles: Tiles) -> tuple[Tensor,
     batch, heads, queries, length, slots, channels = problem.sizes
     out, lse, v, bank_v, gate = attended.out, attended.lse, problem.v, problem.bank_v, problem.gate
     tile = tiles.average.within(columns=channels)
-    programs = triton.cdiv(channels, tile.columns) * triton.cdiv(queries, tile.rows) * batch * heads
+    programs = cdiv(channels, tile.columns) * cdiv(queries, tile.rows) * batch * heads
     average_kernel[(programs,)](
         weights, pivots, sums, v, bank_v, gate, out, lse, attended.local_out, attended.bank_out,
         *in_units(v), *in_units(bank_v), *((0, 0, 0) if gate is None else gate.stride()), *in_units(out),
@@ -278,7 +279,7 @@ def _score(problem: Problem, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.empty((batch, heads, queries, count * tile.columns), dtype=q.dtype, device=q.device)
     pivots, sums = (torch.empty((batch, heads, count, queries), dtype=problem.wide, device=q.device) for _ in range(2))
     if count:
-        scores_kernel[(count * triton.cdiv(queries, tile.rows) * batch * heads,)](
+        scores_kernel[(count * cdiv(queries, tile.rows) * batch * heads,)](
             q, k, bank_k, bias, weights, pivots, sums,
             *in_units(q), *in_units(k), *in_units(bank_k), 0 if bias is None else bias.stride(0),
             heads, queries, length, slots, local_tiles, count, problem.scale * LOG2E.value,

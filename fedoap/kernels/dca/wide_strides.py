@@ -5,6 +5,7 @@ element at a time; so strides go to the wide route's kernels in units of 8 eleme
 """
 
 from dataclasses import replace
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -21,25 +22,30 @@ def unit(channels: int) -> int:
 
 def in_units(x: Tensor) -> tuple[int, ...]:
     """Return the strides of tokens x (..., D) without the last, in units; rows are aligned."""
-    count = unit(x.shape[-1])
-    return tuple(
-        0 if size == 1 else stride // count for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    )
+    *sizes, channels = x.shape
+    count = unit(channels)
+    # called for each tensor of each launch
+    return tuple([0 if size == 1 else stride // count for size, stride in zip(sizes, x.stride(), strict=False)])
 
 
 def aligned_rows(x: Tensor) -> Tensor:
     """Return x (..., D), copied where D lets rows start at multiples of 16 bytes and they do not."""
     if x.shape[-1] % _UNIT or x.numel() == 0:
         return x
-    rows = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    fits = x.data_ptr() % _BYTES == 0 and all(size == 1 or stride % _UNIT == 0 for size, stride in rows)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    if x.data_ptr() % _BYTES == 0:
+        rows = zip(x.shape[:-1], x.stride(), strict=False)
+        if x.is_contiguous() or all(size == 1 or stride % _UNIT == 0 for size, stride in rows):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def with_aligned_rows(problem: Problem) -> Problem:
     """Return the problem with the rows of all tokens aligned."""
     p = problem
-    q, k, v, bank_k, bank_v = (aligned_rows(x) for x in (p.q, p.k, p.v, p.bank_k, p.bank_v))
+    tokens = (p.q, p.k, p.v, p.bank_k, p.bank_v)
+    q, k, v, bank_k, bank_v = aligned = tuple(map(aligned_rows, tokens))
+    if all(map(is_, aligned, tokens)):
+        return problem
     return replace(problem, q=q, k=k, v=v, bank_k=bank_k, bank_v=bank_v)
 
 

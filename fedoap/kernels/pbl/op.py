@@ -3,13 +3,14 @@
 An operator takes a recipe's options one by one, as its schema demands. Triton is imported when one runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe, Region
+from fedoap.kernels.shortcut import asks_for_gradient, is_plain
 
 _Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Loss, each sample's clean loss, perturbed loss and voxels, then `sums` and `marks` of forward.Found."""
@@ -17,7 +18,13 @@ _Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> tuple[Tensor, BoundaryParts]:
     """Return what `reference.loss_and_parts` does, of a batch that has voxels, by kernels."""
-    loss, clean, perturbed, voxels, _, _ = pbl_forward(logits, target, seed, *_options(recipe))
+    options = _options(recipe)
+    if not is_plain(logits, target, seed):
+        loss, clean, perturbed, voxels, *_ = pbl_forward(logits, target, seed, *options)
+    elif asks_for_gradient(logits):
+        loss, clean, perturbed, voxels = _Loss.apply(logits, target, seed, *options)
+    else:
+        loss, clean, perturbed, voxels, *_ = _forward(logits, target, seed, *options)
     return loss, BoundaryParts(clean, perturbed, voxels)
 
 
@@ -36,8 +43,7 @@ def _recipe(region: str, radius: int, element: str, tau: float, sigma: float, la
     return Recipe(cast("Region", region), radius, cast("Element", element), tau, sigma, lam, smooth)
 
 
-@torch.library.custom_op("fedoap::pbl_forward", mutates_args=())
-def pbl_forward(
+def _forward(
     logits: Tensor, target: Tensor, seed: Tensor, region: str, radius: int, element: str, tau: float, sigma: float,
     lam: float, smooth: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -46,6 +52,9 @@ def pbl_forward(
 
     found = forward(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
     return found.loss, found.clean, found.perturbed, found.voxels, found.sums, found.marks
+
+
+pbl_forward = torch.library.custom_op("fedoap::pbl_forward", _forward, mutates_args=())
 
 
 @pbl_forward.register_fake
@@ -62,8 +71,7 @@ def _(
     return loss, clean, noisy, logits.new_empty(batch, dtype=torch.int64), sums, marks
 
 
-@torch.library.custom_op("fedoap::pbl_backward", mutates_args=())
-def pbl_backward(
+def _backward(
     grad: Tensor, logits: Tensor, target: Tensor, seed: Tensor, sums: Tensor, marks: Tensor, region: str, radius: int,
     element: str, tau: float, sigma: float, lam: float, smooth: float,
 ) -> Tensor:  # fmt: skip
@@ -74,6 +82,9 @@ def pbl_backward(
     return backward(grad, logits, target, seed, sums, marks, recipe)
 
 
+pbl_backward = torch.library.custom_op("fedoap::pbl_backward", _backward, mutates_args=())
+
+
 @pbl_backward.register_fake
 def _(
     grad: Tensor, logits: Tensor, target: Tensor, seed: Tensor, sums: Tensor, marks: Tensor, region: str, radius: int,
@@ -82,16 +93,43 @@ def _(
     return logits.new_empty(logits.shape)
 
 
+class _Loss(torch.autograd.Function):
+    """The same without the dispatcher; what is kept is no output here."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)  # type: ignore[arg-type]
+        ctx.mark_non_differentiable(*output[1:4])
+        _save(ctx, inputs, output)
+        return output[:4]
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: object
+    ) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, grad)
+
+
 def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: Sequence[object], output: _Found) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: Sequence[object], output: _Found) -> None:
     logits, target, seed, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(logits, target, seed, *output[4:])  # type: ignore[arg-type]
     ctx.options = options  # type: ignore[attr-defined]
 
 
 def _gradient(ctx: torch.autograd.function.FunctionCtx, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    dz = None if grad is None else pbl_backward(grad, *ctx.saved_tensors, *ctx.options)  # type: ignore[attr-defined]
+    if grad is None:
+        return (None,) * 10
+    tensors: tuple[Tensor, ...] = ctx.saved_tensors  # type: ignore[attr-defined]
+    # under create_graph the operator itself refuses to be differentiated
+    is_direct = not torch.is_grad_enabled() and is_plain(grad, *tensors)
+    call: Callable[..., Tensor] = _backward if is_direct else pbl_backward
+    dz = call(grad, *tensors, *ctx.options)  # type: ignore[attr-defined]
     return (dz, *(None,) * 9)
 
 
