@@ -30,6 +30,10 @@ class TensorsError(FedoapError):
     """A set of tensors does not match its manifest or the model's schema."""
 
 
+class ChainError(FedoapError):
+    """A record of the chain of rounds does not have the form of its version."""
+
+
 class UpdateError(TensorsError):
     """One site's update cannot be merged; `site` is whose, so that the others' can be merged without it."""
 

@@ -28,6 +28,7 @@ from fedoap.errors import IdentityError, StorageError
 
 TASK_CONTEXT = b"fedoap/1 task\0"
 UPLOAD_CONTEXT = b"fedoap/1 upload\0"
+ROUND_CONTEXT = b"fedoap/1 round\0"
 HELLO_CONTEXT = b"fedoap/1 hello\0"
 ENROL_CONTEXT = b"fedoap/1 enrol\0"
 CERTIFICATE_CONTEXT = b"fedoap/1 certificate\0"
