@@ -45,7 +45,7 @@ def merge_models(
     """
     ordered = sorted(updates, key=lambda update: update[1].site)
     _check_updates(ordered, *base)
-    weights = [float(manifest.cases) if strategy.weighting == "cases" else 1.0 for _, manifest in ordered]
+    weights = [site_weight(manifest, strategy) for _, manifest in ordered]
     sources = [_Source(path, manifest.blob) for path, manifest in ordered]
     old = _Source(*base)
     rate = strategy.server_learning_rate
@@ -58,6 +58,11 @@ def merge_models(
                 )
                 writer.write(_step(old.read(index, start, stop), mean, rate, spec.name))
     return writer.manifest
+
+
+def site_weight(manifest: UploadManifest, strategy: StrategyConfig) -> float:
+    """Return how much a site's update counts in the mean."""
+    return float(manifest.cases) if strategy.weighting == "cases" else 1.0
 
 
 def convert(path: Path, manifest: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:

@@ -220,6 +220,19 @@ class RoundsConfig(Frozen):
     """So many attempts at one round without a quorum end the run."""
 
 
+class RetentionConfig(Frozen):
+    """How long the coordinator keeps what rounds were made from, and what they made."""
+
+    upload_rounds: Annotated[int, Field(ge=0)] = 0
+    """The last so many models, and banks, keep the uploads they were made from, for `verify` to make them anew.
+
+    None by default: a site's own weights are the most telling thing that the coordinator ever holds, and a
+    hundred rounds of three sites with 200 MB are 60 GB.
+    """
+    results: Annotated[int, Field(ge=2)] = 2
+    """So many models, and as many banks, are kept: the current one, and one that a site may still be fetching."""
+
+
 class FederationConfig(Frozen):
     """The whole of `fed.toml`."""
 
@@ -228,6 +241,7 @@ class FederationConfig(Frozen):
     sites: Annotated[tuple[Name, ...], Field(min_length=1)]
     coordinator: CoordinatorConfig = CoordinatorConfig()
     rounds: RoundsConfig = RoundsConfig()
+    retention: RetentionConfig = RetentionConfig()
     network: NetworkConfig = NetworkConfig()
     bank: BankConfig = BankConfig()
     data: DataConfig = DataConfig()

@@ -3,25 +3,34 @@
 Rows are small; tensors lie in files (`blobs.py`). Every public method that writes is one
 transaction that is on the disk when the method returns (WAL, synchronous=FULL). The daemon and the
 command line open the same file at the same time; `version` tells the one of the other's changes.
+`kept` says whether a blob is still wanted on disk: it only ever falls, and files are deleted after it fell.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeAlias
+from typing import Self, TypeAlias
 
+from fedoap.chain import NO_RECORD, Outcome, record_id
 from fedoap.errors import ConfigError, StorageError
 from fedoap.identity import Member, Roster
 from fedoap.protocol.events import RecordClosed
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap_coordinator.notary import Closing, Committed, Sign
 
+SCHEMA_VERSION = 2
 SCHEMA = """
 create table if not exists facts(name text primary key, value blob not null);
 create table if not exists members(
   site text primary key, curve_key blob not null unique, signing_key blob not null unique,
   enrolled real not null, revoked real);
+create table if not exists site_keys(signing_key blob primary key, site text not null, since real not null);
+create trigger if not exists key_of_new_member after insert on members begin
+  insert or ignore into site_keys values(new.signing_key, new.site, new.enrolled); end;
+create trigger if not exists key_of_changed_member after update of signing_key on members begin
+  insert or ignore into site_keys values(new.signing_key, new.site, new.enrolled); end;
 create table if not exists invites(
   token_key blob primary key, site text not null, created real not null, expires integer not null,
   used real, withdrawn real);
@@ -31,12 +40,13 @@ create table if not exists tasks(
 create table if not exists updates(
   upload blob primary key, task blob not null references tasks(task), site text not null,
   packed blob not null, signature blob not null, stored real not null,
-  counted integer not null default 0, unique(task, site));
-create table if not exists published(blob blob primary key, manifest blob not null, made real not null);
+  counted integer not null default 0, kept integer not null default 1, unique(task, site));
+create table if not exists published(
+  blob blob primary key, manifest blob not null, exact blob, made real not null, kept integer not null default 1);
+create table if not exists records(number integer primary key, packed blob not null, signature blob not null);
 """
 BUSY_SECONDS = 10.0
 Value: TypeAlias = str | bytes | int | float | None
-Outcome: TypeAlias = Literal["done", "abandoned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +62,14 @@ class Invite:
 
 @dataclass(frozen=True, slots=True)
 class UpdateRow:
-    """A committed upload and whether it counted."""
+    """A committed upload, whether it counted, and whether its tensors are still kept; `stored` is Unix time."""
 
     site: str
     upload: bytes
     manifest: UploadManifest
     counted: bool
+    stored: float
+    kept: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +97,8 @@ class Ledger:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=full")
-            self._db.executescript(f"begin immediate;{SCHEMA}commit;")
+            check_version(self._db, path)
+            self._db.executescript(f"begin immediate;{SCHEMA}pragma user_version={SCHEMA_VERSION};commit;")
         except sqlite3.Error as error:
             raise StorageError(f"{path}: ledger cannot be opened: {error}") from None
         self.claim("federation", federation.encode())
@@ -166,20 +179,42 @@ class Ledger:
     def add_update(self, upload: bytes, site: str, manifest: UploadManifest, signature: bytes, now: float) -> None:
         """Record a committed upload; recording it twice is the same as once."""
         row = (upload, manifest.task, site, manifest.pack(), signature, now)
-        self._run("insert or ignore into updates values(?,?,?,?,?,?,0)", *row)
+        self._run("insert or ignore into updates values(?,?,?,?,?,?,0,1)", *row)
 
-    def publish(self, manifest: BlobManifest, now: float) -> None:
-        """Record a model or a bank that the coordinator made."""
-        self._run("insert or ignore into published values(?,?,?)", manifest.id, manifest.pack(), now)
+    def publish(self, manifest: BlobManifest, now: float, exact: BlobManifest | None = None) -> None:
+        """Record a model or a bank that the coordinator made, and its float32 original if it was rounded."""
+        row = (manifest.id, manifest.pack(), exact.pack() if exact else None, now)
+        again = "on conflict(blob) do update set kept=1"  # the same bits may be made twice
+        self._run(f"insert into published values(?,?,?,?,1) {again}", *row)
 
-    def close_task(self, record: RecordClosed, now: float) -> None:
-        """Record how a task ended and which uploads counted."""
-        result = record.result.id if record.result else None
+    def close_task(self, closed: RecordClosed, now: float, sign: Sign) -> None:
+        """Record how a task ended and which uploads counted, and add its signed record to the chain."""
+        result = closed.result.id if closed.result else None
         with self._transaction():
-            values = (now, record.outcome, record.reason, result, record.task)
+            values = (now, closed.outcome, closed.reason, result, closed.task)
             self._run("update tasks set closed=?, outcome=?, reason=?, result=? where task=?", *values)
-            for upload in record.counted:
+            for upload in closed.counted:
                 self._run("update updates set counted=1 where upload=?", upload)
+            record, signature = sign(self._closing(closed.task), *self._next_record())
+            self._run("insert into records values(?,?,?)", record.number, record.pack(), signature)
+
+    def keep_only(self, uploads: Set[bytes], published: Set[bytes]) -> None:
+        """Record that no other upload's or result's tensors are wanted on disk any more."""
+        with self._transaction():
+            for (upload,) in self._run("select upload from updates where kept").fetchall():
+                if upload not in uploads:
+                    self._run("update updates set kept=0 where upload=?", upload)
+            for (blob,) in self._run("select blob from published where kept").fetchall():
+                if blob not in published:
+                    self._run("update published set kept=0 where blob=?", blob)
+
+    def kept(self) -> frozenset[bytes]:
+        """Return the blobs of uploads and results that must be on the disk."""
+        uploads = self._run("select packed from updates where kept")
+        published = self._run("select blob from published where kept")
+        return frozenset(UploadManifest.unpack(packed).blob.id for (packed,) in uploads) | {
+            blob for (blob,) in published
+        }
 
     def tasks(self) -> tuple[TaskRow, ...]:
         """Return all exchanges in the order in which they were opened."""
@@ -189,9 +224,11 @@ class Ledger:
 
     def updates(self, task: bytes) -> tuple[UpdateRow, ...]:
         """Return a task's committed uploads by site."""
-        rows = self._run("select site, upload, packed, counted from updates where task=? order by site", task)
+        columns = "site, upload, packed, counted, stored, kept"
+        rows = self._run(f"select {columns} from updates where task=? order by site", task)  # noqa: S608 - likewise
         return tuple(
-            UpdateRow(site, upload, UploadManifest.unpack(packed), bool(n)) for site, upload, packed, n in rows
+            UpdateRow(site, upload, UploadManifest.unpack(packed), bool(counted), stored, bool(kept))
+            for site, upload, packed, counted, stored, kept in rows
         )
 
     def published(self, blob: bytes) -> BlobManifest | None:
@@ -199,6 +236,30 @@ class Ledger:
         for (packed,) in self._run("select manifest from published where blob=?", blob):
             return BlobManifest.unpack(packed)
         return None
+
+    def _closing(self, task: bytes) -> Closing:
+        row = next(row for row in self.tasks() if row.task == task)
+        assert row.closed is not None
+        assert row.outcome is not None
+        uploads = tuple(Committed(one.upload, one.manifest, one.stored, one.counted) for one in self.updates(task))
+        exact = self._run("select exact from published where blob=? and exact is not null", row.result).fetchone()
+        return Closing(
+            task=task,
+            manifest=row.manifest,
+            opened=row.opened,
+            closed=row.closed,
+            outcome=row.outcome,
+            reason=row.reason,
+            uploads=uploads,
+            result=row.result or b"",
+            exact=BlobManifest.unpack(exact[0]).id if exact else b"",
+        )
+
+    def _next_record(self) -> tuple[int, bytes]:
+        """Return the number that comes next and the id of the record before it."""
+        for number, packed in self._run("select number, packed from records order by number desc limit 1"):
+            return number + 1, record_id(packed)
+        return 1, NO_RECORD
 
     def _next_epoch(self) -> None:
         epoch = int(self.fact("epoch") or b"0") + 1
@@ -219,3 +280,18 @@ class Ledger:
             return self._db.execute(sql, values)
         except sqlite3.Error as error:
             raise StorageError(f"{self.path}: ledger refused: {error}") from None
+
+
+def check_version(db: sqlite3.Connection, path: Path) -> None:
+    """Return if the file is empty or a ledger of this version.
+
+    Raises:
+        StorageError: it is one of another version.
+    """
+    ((version,),) = db.execute("pragma user_version")
+    ((tables,),) = db.execute("select count(*) from sqlite_schema")
+    if tables and version != SCHEMA_VERSION:
+        raise StorageError(
+            f"{path}: ledger has version {version}, but this software reads version {SCHEMA_VERSION}: "
+            "go on with the software that made it, or name another coordinator.state for a new run"
+        )

@@ -28,11 +28,13 @@ from fedoap_coordinator.folder import Keys, open_ledger, prepare, read_endpoint,
 from fedoap_coordinator.journal import Journal
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
+from fedoap_coordinator.notary import Notary
 from fedoap_coordinator.port import Port, raise_descriptor_limit
 from fedoap_coordinator.store import Store
 from fedoap_coordinator.zap import Doors, Zap
 
 GOODBYE_MILLISECONDS = 500
+SOFTWARE = f"fedoap {__version__}"
 
 
 def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: bool) -> None:
@@ -93,7 +95,8 @@ def _daemon(
 ) -> Iterator[Daemon]:
     state = config.coordinator.state
     with ExitStack() as stack:
-        store = Store(ledger, Blobs(state), time.time)
+        notary = Notary(config.plan, SOFTWARE, keys.signing.secret)
+        store = Store(ledger, Blobs(state), time.time, notary.sign, config.retention)
         stack.callback(store.blobs.close)
         merging = Merging(state, store, config.plan)
         stack.callback(merging.stop)
@@ -103,7 +106,7 @@ def _daemon(
             store.history(),
             signing_key=keys.signing.secret,
             random_bytes=os.urandom,
-            software=f"fedoap {__version__}",
+            software=SOFTWARE,
         )
         raise_descriptor_limit(len(config.sites))
         context = stack.enter_context(zmq.Context())

@@ -2,8 +2,9 @@
 
 An upload: part on disk, blob and manifest renamed into place, row; only then may the site be told. A
 result: durable files of the aggregation process renamed into place, row of the published blob, row of
-the closed exchange, deletion of what nobody needs any more. Whatever a crash leaves half done is either
-done again by the protocol (its row is missing) or deleted at the next start (no row names it).
+the closed exchange with its signed record, rows of what is kept no longer, deletion of that. Whatever a
+crash leaves half done is either done again by the protocol (its row is missing) or deleted at the next
+start (no row keeps it).
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from fedoap.config import BlobFiles
+from fedoap.config import BlobFiles, RetentionConfig
 from fedoap.errors import StorageError
 from fedoap.protocol.events import (
     DropPart,
@@ -25,13 +26,12 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, replay
-from fedoap.tensors import BlobManifest
+from fedoap.tensors import BlobManifest, TaskKind
 from fedoap_coordinator.blobs import Blobs, Trouble
 from fedoap_coordinator.ledger import Ledger, TaskRow
+from fedoap_coordinator.notary import Sign
 
 StoreEffect: TypeAlias = OpenPart | WritePart | FinishPart | DropPart | RecordOpened | RecordClosed
-KEPT_RESULTS = 2
-"""So many models and banks are kept: the current one, and the one that a site may still be fetching."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,16 @@ class Made:
 class Store:
     """The one writer of a state folder's exchanges; `clock` gives Unix time in seconds."""
 
-    def __init__(self, ledger: Ledger, blobs: Blobs, clock: Callable[[], float]) -> None:
-        self.ledger, self.blobs, self._clock = ledger, blobs, clock
-        for blob in self._needed():
+    def __init__(
+        self, ledger: Ledger, blobs: Blobs, clock: Callable[[], float], sign: Sign, retention: RetentionConfig
+    ) -> None:
+        self.ledger, self.blobs, self._clock, self._sign, self._retention = ledger, blobs, clock, sign, retention
+        self._drop_what_is_over()
+        for blob in sorted(ledger.kept() | self._in_use()):
             if not blobs.has(blob):
-                raise StorageError(f"{blobs.files(blob).blob}: blob is missing, but the ledger needs it")
-        blobs.keep_only(self._needed())
+                raise StorageError(
+                    f"{blobs.files(blob).blob}: blob is missing, but the ledger keeps it: put it back from a backup"
+                )
 
     def history(self) -> History:
         """Return what was durable when the last coordinator ended."""
@@ -71,8 +75,8 @@ class Store:
             case RecordOpened(task, _, packed, signature):
                 self.ledger.open_task(task, packed, signature, self._clock())
             case RecordClosed():
-                self.ledger.close_task(effect, self._clock())
-                self.blobs.keep_only(self._needed())
+                self.ledger.close_task(effect, self._clock(), self._sign)
+                self._drop_what_is_over()
         return None
 
     def publish(self, made: Made) -> None:
@@ -81,7 +85,7 @@ class Store:
         if made.master:
             self.blobs.adopt(*made.master, self.blobs.master(blob))
         self.blobs.adopt(made.source, made.manifest, self.blobs.files(blob))
-        self.ledger.publish(made.manifest, self._clock())
+        self.ledger.publish(made.manifest, self._clock(), made.master[1] if made.master else None)
 
     def files(self, manifest: BlobManifest, *, exact: bool = False) -> BlobFiles:
         """Return where a blob lies, or with `exact` its float32 original where it was rounded."""
@@ -107,18 +111,36 @@ class Store:
                 result = self.ledger.published(row.result) if row.result else None
                 yield RecordClosed(row.task, row.outcome, counted, result, row.reason)
 
-    def _needed(self) -> frozenset[bytes]:
+    def _drop_what_is_over(self) -> None:
+        """Write down what is kept no longer, then delete it; at the next start a crash between the two is mended."""
         tasks = self.ledger.tasks()
-        needed = {blob for kinds in (MODEL_KINDS, BANK_KINDS) for blob in _results(tasks, kinds)[-KEPT_RESULTS:]}
-        for row in tasks[-1:]:
-            if not row.outcome:
-                needed |= {blob.id for blob in row.manifest.blobs}
-                needed |= {update.manifest.blob.id for update in self.ledger.updates(row.task)}
-        return frozenset(needed)
+        remade = [row for kinds in _KINDS for row in _last(tasks, kinds, self._retention.upload_rounds)]
+        results = {row.result for kinds in _KINDS for row in _last(tasks, kinds, self._retention.results) if row.result}
+        bases = {blob.id for row in [*remade, *_open(tasks)] for blob in row.manifest.blobs}
+        uploads = {one.upload for row in remade for one in self.ledger.updates(row.task) if one.counted}
+        uploads |= {one.upload for row in _open(tasks) for one in self.ledger.updates(row.task)}
+        self.ledger.keep_only(uploads, results | bases)
+        self.blobs.keep_only(self.ledger.kept() | self._in_use())
+
+    def _in_use(self) -> frozenset[bytes]:
+        """Return the blobs that the run cannot go on without."""
+        tasks = self.ledger.tasks()
+        results = {row.result for kinds in _KINDS for row in _last(tasks, kinds, 1) if row.result}
+        bases = {blob.id for row in _open(tasks) for blob in row.manifest.blobs}
+        return frozenset(results | bases)
 
 
-def _results(tasks: tuple[TaskRow, ...], kinds: frozenset[str]) -> list[bytes]:
-    return [row.result for row in tasks if row.result and row.manifest.kind in kinds]
+_KINDS = (MODEL_KINDS, BANK_KINDS)
+
+
+def _last(tasks: tuple[TaskRow, ...], kinds: frozenset[TaskKind], count: int) -> list[TaskRow]:
+    """Return the last so many exchanges that made a model, or a bank."""
+    made = [row for row in tasks if row.result and row.manifest.kind in kinds]
+    return made[len(made) - min(count, len(made)) :]
+
+
+def _open(tasks: tuple[TaskRow, ...]) -> list[TaskRow]:
+    return [row for row in tasks[-1:] if not row.outcome]
 
 
 def _failed(part: bytes, trouble: Trouble | None) -> StoreFailed | None:

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import zmq
 
-from fedoap.config import FederationConfig
+from fedoap.config import FederationConfig, RetentionConfig
 from fedoap.identity import Member, curve_keys, signing_keys
 from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, UploadManifest, write_blob
+from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.notary import Notary
+from fedoap_coordinator.store import Store
 
+FEDERATION_KEYS = signing_keys(b"f" * 32)
 LONG_AGO = 1_700_000_000.0
 
 
@@ -44,6 +48,15 @@ class Maker:
 
     def upload(self, task: bytes, site: str, blob: BlobManifest, cases: int = 3) -> UploadManifest:
         return UploadManifest(task, site, cases, (("loss", 0.5),), blob)
+
+
+def notary(config: FederationConfig | None = None) -> Notary:
+    chosen = config or FederationConfig(federation="demo", sites=("hospital_a", "hospital_b"))
+    return Notary(chosen.plan, "fedoap test", FEDERATION_KEYS.secret)
+
+
+def open_store(ledger: Ledger, state: Path, reserve_bytes: int = 0, retention: RetentionConfig | None = None) -> Store:
+    return Store(ledger, Blobs(state, reserve_bytes), lambda: 1.0, notary().sign, retention or RetentionConfig())
 
 
 @pytest.fixture

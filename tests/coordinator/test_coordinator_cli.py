@@ -16,11 +16,11 @@ from fedoap.config import FederationConfig, ModelRecord, load_federation
 from fedoap.errors import FedoapError, StorageError
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, read_blob, write_blob
-from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.cli import cli, main
 from fedoap_coordinator.daemon import Daemon
 from fedoap_coordinator.folder import open_ledger, prepare
-from fedoap_coordinator.store import Made, Store
+from fedoap_coordinator.store import Made
+from tests.coordinator.conftest import open_store
 
 FED_TOML = """
 federation = "demo"
@@ -48,7 +48,7 @@ def with_one_round(config: FederationConfig) -> None:
     blob = write_blob(source, {"weight": np.full(10, 7.0, np.float32)})
     upload = UploadManifest(b"t" * 32, "hospital_a", 12, (("loss", 0.25),), blob)
     with open_ledger(config) as ledger:
-        store = Store(ledger, Blobs(state), lambda: 1.0)
+        store = open_store(ledger, state)
         store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), b"s" * 64))
         store.apply(OpenPart(b"u" * 32, blob.size))
         store.apply(WritePart(b"u" * 32, 0, source.read_bytes()))

@@ -1,16 +1,19 @@
 """The ledger: rows that outlast a crash, and a roster that two processes share."""
 
+import hashlib
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fedoap.chain import Link, Outcome, Weighed, check_chain
 from fedoap.errors import ConfigError, StorageError
 from fedoap.identity import Member
 from fedoap.protocol.events import RecordClosed
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.ledger import Ledger
+from tests.coordinator.conftest import FEDERATION_KEYS, notary
 
 
 def test_every_commit_reaches_the_disk_before_the_method_returns(ledger: Ledger) -> None:
@@ -86,7 +89,7 @@ def test_closing_an_exchange_marks_what_counted(ledger: Ledger) -> None:
         upload = UploadManifest(b"t" * 32, site, 1, (), BlobManifest((), b""))
         ledger.add_update(site.encode(), site, upload, b"s" * 64, 2.0)
 
-    ledger.close_task(RecordClosed(b"t" * 32, "done", (b"hospital_a",), None, "why"), 3.0)
+    ledger.close_task(RecordClosed(b"t" * 32, "done", (b"hospital_a",), None, "why"), 3.0, notary().sign)
 
     row = ledger.tasks()[0]
     assert (row.manifest, row.outcome, row.reason, row.opened, row.closed) == (task, "done", "why", 1.0, 3.0)
@@ -94,6 +97,65 @@ def test_closing_an_exchange_marks_what_counted(ledger: Ledger) -> None:
         ("hospital_a", True),
         ("hospital_b", False),
     ]
+
+
+def close_two(ledger: Ledger) -> None:
+    for attempt in (1, 2):
+        task = TaskManifest("demo", b"p" * 32, "train", 1, attempt, ("hospital_a", "hospital_b"), 600)
+        name = hashlib.sha256(task.pack()).digest()
+        ledger.open_task(name, task.pack(), b"s" * 64, 1.0)
+        upload = UploadManifest(name, "hospital_b", 7, (), BlobManifest((), b""))
+        ledger.add_update(bytes([attempt]) * 32, "hospital_b", upload, b"s" * 64, 2.0)
+        outcome: Outcome = "done" if attempt == 2 else "abandoned"
+        counted = (bytes([attempt]) * 32,) if attempt == 2 else ()
+        ledger.close_task(RecordClosed(name, outcome, counted, None, "why"), 3.0, notary().sign)
+
+
+def test_each_closed_exchange_adds_a_signed_record_to_the_chain(ledger: Ledger) -> None:
+    close_two(ledger)
+
+    rows = ledger._run("select number, packed, signature from records order by number")
+    first, second = check_chain([Link(*row) for row in rows], "demo", FEDERATION_KEYS.public)
+    assert (first.faults, second.faults) == ((), ())
+    assert first.record is not None
+    assert second.record is not None
+    assert (first.record.outcome, first.record.counted, first.record.left_out[0].cases) == ("abandoned", (), 7)
+    assert second.record.counted == (Weighed("hospital_b", b"\2" * 32, 7, 1.0, 2.0),)
+    assert second.record.previous == first.record.id
+
+
+def test_an_exchange_is_closed_with_its_record_or_not_at_all(ledger: Ledger) -> None:
+    """Planted bug: the record written after the transaction."""
+    task = TaskManifest("demo", b"p" * 32, "calibrate", 1, 1, ("hospital_a",), 600)
+    ledger.open_task(b"t" * 32, task.pack(), b"s" * 64, 1.0)
+    ledger._db.execute("create trigger stop before insert on records begin select raise(abort, 'planted'); end")
+
+    with pytest.raises(StorageError, match="ledger refused: planted"):
+        ledger.close_task(RecordClosed(b"t" * 32, "done", (), None), 3.0, notary().sign)
+
+    assert ledger.tasks()[0].outcome is None
+
+
+def test_every_key_that_a_site_ever_signed_with_is_remembered(ledger: Ledger, member: Callable[[str], Member]) -> None:
+    """Planted bug: no trigger on a changed member."""
+    first, second, third = (member("hospital_a") for _ in range(3))
+    ledger.enrol(b"t" * 32, first, 1.0)
+    ledger.enrol(b"u" * 32, second, 2.0)
+    ledger._run("update members set signing_key=? where site='hospital_a'", third.signing_key)
+
+    keys = {key for (key,) in ledger._run("select signing_key from site_keys where site='hospital_a'")}
+    assert keys == {first.signing_key, second.signing_key, third.signing_key}
+
+
+def test_a_ledger_of_another_version_is_refused_and_stays_as_it_is(ledger: Ledger) -> None:
+    """Planted bug: the version checked after the tables are made."""
+    ledger._db.execute("pragma user_version=1")
+    ledger._db.execute("drop table records")
+
+    with pytest.raises(StorageError, match="ledger has version 1, but this software reads version 2"):
+        Ledger(ledger.path, "demo")
+
+    assert ledger._db.execute("select count(*) from sqlite_schema where name='records'").fetchone() == (0,)
 
 
 def test_a_ledger_of_another_federation_is_refused(ledger: Ledger) -> None:

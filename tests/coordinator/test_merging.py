@@ -20,16 +20,15 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.tensors import BlobManifest, Dtype, TaskManifest, read_blob, write_blob
-from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
 from fedoap_coordinator.store import Store
-from tests.coordinator.conftest import Maker
+from tests.coordinator.conftest import Maker, open_store
 
 
 @pytest.fixture
 def store(state: Path, ledger: Ledger) -> Iterator[Store]:
-    store = Store(ledger, Blobs(state, 0), lambda: 1.0)
+    store = open_store(ledger, state)
     yield store
     store.blobs.close()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fedoap.config import RetentionConfig
 from fedoap.errors import StorageError
 from fedoap.protocol.events import (
     DropPart,
@@ -26,10 +27,9 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.tensors import BlobManifest, TaskManifest, read_blob
-from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.store import Made, Store
-from tests.coordinator.conftest import Maker
+from tests.coordinator.conftest import Maker, open_store
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -48,9 +48,9 @@ class Machine:
         self.state = state
 
     @contextmanager
-    def opened(self, reserve_bytes: int = 0) -> Iterator[Store]:
+    def opened(self, reserve_bytes: int = 0, **retention: int) -> Iterator[Store]:
         with Ledger(self.state / "fed.sqlite", "demo") as ledger:
-            store = Store(ledger, Blobs(self.state, reserve_bytes), lambda: 1.0)
+            store = open_store(ledger, self.state, reserve_bytes, RetentionConfig(**retention))
             yield store
             store.blobs.close()
 
@@ -140,10 +140,13 @@ def test_what_the_open_task_needs_is_kept(machine: Machine, make: Maker) -> None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a crash closes no file
-def test_a_crash_at_any_line_loses_nothing_acknowledged_and_the_round_can_be_ended(fast_folder: Path) -> None:
-    """Planted bugs: the row before the rename; the deletion before the row of the closed exchange."""
+@pytest.mark.parametrize("upload_rounds", [0, 1])
+def test_a_crash_at_any_line_loses_nothing_acknowledged_and_the_round_can_be_ended(
+    fast_folder: Path, upload_rounds: int
+) -> None:
+    """Planted bugs: the row before the rename; the deletion before the rows of what is kept no longer."""
     steps = 0
-    while crash_after(steps, fast_folder / str(steps)):
+    while crash_after(steps, fast_folder / str(steps), upload_rounds):
         steps += 1
 
     assert steps > 50
@@ -215,7 +218,7 @@ def test_a_needed_blob_that_is_missing_is_said_at_the_start(machine: Machine, ma
         store.files(model).blob.unlink()
 
     with (
-        pytest.raises(StorageError, match=f"{model.id.hex()}: blob is missing, but the ledger needs it"),
+        pytest.raises(StorageError, match=f"{model.id.hex()}: blob is missing, but the ledger keeps it"),
         machine.opened(),
     ):
         pass
@@ -275,16 +278,18 @@ def run_exchange(store: Store, make: Maker, manifest: TaskManifest) -> BlobManif
     return model
 
 
-def crash_after(steps: int, folder: Path) -> bool:
+def crash_after(steps: int, folder: Path, upload_rounds: int) -> bool:
     """Crash the second exchange after so many lines, check what is left, end it; return whether it crashed at all."""
     (folder / "made").mkdir(parents=True)
     (folder / "state").mkdir()
     machine, make = Machine(folder / "state"), Maker(folder / "made")
-    with machine.opened() as store:
+    with machine.opened(upload_rounds=upload_rounds) as store:
         first = run_exchange(store, make, make.task("init", 0))
         manifest = make.task("train", 1, first)
         acknowledged, crashed = run_until(steps, store, make, manifest)
-    with machine.opened() as store:
+    with Ledger(machine.state / "fed.sqlite", "demo") as ledger:
+        assert {blob.hex() for blob in ledger.kept()} <= set(machine.blobs())
+    with machine.opened(upload_rounds=upload_rounds) as store:
         history = store.history()
         assert machine.parts() == []
         assert history.model is not None
@@ -294,8 +299,9 @@ def crash_after(steps: int, folder: Path) -> bool:
         second = store.history().model
         assert second is not None
         assert read_blob(store.files(second).blob, second)["weight"][0] == 101.0
-        expected = sorted(name for one in (first, second) for name in (one.id.hex(), f"{one.id.hex()}.manifest"))
-        assert machine.blobs() == expected
+        last = store.ledger.updates(store.ledger.tasks()[-1].task) if upload_rounds else ()
+        kept = {first.id.hex(), second.id.hex(), *(one.manifest.blob.id.hex() for one in last)}
+        assert machine.blobs() == sorted([*kept, *(f"{name}.manifest" for name in kept)])
     shutil.rmtree(folder)
     return crashed
 
