@@ -19,6 +19,7 @@ from fedoap.tensors import BlobManifest
 
 RESERVE_BYTES = 64 << 20
 """Free space that no upload may take, so that the ledger and the log can still be written."""
+BLOBS = "blobs"
 WRITE_BACK_BYTES = 8 << 20
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 Trouble = tuple[Literal["no_space", "corrupt"], str]
@@ -28,7 +29,7 @@ class Blobs:
     """The folders `blobs` and `parts` of a state folder; parts left by an earlier run are gone."""
 
     def __init__(self, state: Path, reserve_bytes: int = RESERVE_BYTES) -> None:
-        self._blobs, self._parts = state / "blobs", state / "parts"
+        self._state, self._blobs, self._parts = state, state / BLOBS, state / "parts"
         self._reserve = reserve_bytes
         self._open: dict[bytes, int] = {}
         for folder in (self._blobs, self._parts):
@@ -38,13 +39,11 @@ class Blobs:
 
     def files(self, blob: bytes) -> BlobFiles:
         """Return where a blob and its manifest lie."""
-        return BlobFiles(blob=self._blobs / blob.hex(), manifest=self._blobs / f"{blob.hex()}.manifest")
+        return blob_files(self._state, blob)
 
     def master(self, blob: bytes) -> BlobFiles:
         """Return where the float32 original of a rounded blob lies."""
-        return BlobFiles(
-            blob=self._blobs / f"{blob.hex()}.master", manifest=self._blobs / f"{blob.hex()}.master.manifest"
-        )
+        return exact_files(self._state, blob)
 
     def open_part(self, part: bytes, size: int) -> Trouble | None:
         """Make room for a part, empty whatever was there before, or say why not."""
@@ -161,3 +160,15 @@ class Blobs:
         return StorageError(
             f"{path}: disk failed: {error.strerror}; what it holds is not known, so the coordinator ends"
         )
+
+
+def blob_files(state: Path, blob: bytes) -> BlobFiles:
+    """Return where a blob and its manifest lie in a state folder."""
+    path = state / BLOBS / blob.hex()
+    return BlobFiles(blob=path, manifest=path.with_name(f"{path.name}.manifest"))
+
+
+def exact_files(state: Path, blob: bytes) -> BlobFiles:
+    """Return where the float32 original of a rounded blob lies in a state folder."""
+    path = state / BLOBS / f"{blob.hex()}.master"
+    return BlobFiles(blob=path, manifest=path.with_name(f"{path.name}.manifest"))

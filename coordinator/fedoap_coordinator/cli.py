@@ -4,8 +4,10 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -13,7 +15,7 @@ import click
 import fedoap
 from fedoap.config import FederationConfig, load_federation
 from fedoap.errors import ConfigError, DiskError, FedoapError
-from fedoap.identity import SECRET_BYTES, fingerprint
+from fedoap.identity import SECRET_BYTES, fingerprint, read_private, signing_keys
 from fedoap.strategies import personal_parts
 from fedoap_coordinator import reports
 from fedoap_coordinator.enrolment import SECONDS_PER_HOUR, Enrolment, check_site
@@ -128,6 +130,32 @@ def export(context: click.Context, folder: Path, config_path: Path | None) -> No
     with _opened(config) as (_, ledger):
         record = reports.export(config, ledger, folder)
     click.echo(f"{folder / 'model.json'}: shared model after round {record.round}")
+
+
+@cli.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, the form that programs read.")
+@click.pass_context
+def verify(context: click.Context, config_path: Path | None, as_json: bool) -> None:
+    """Check the chain of rounds, the ledger and every blob, and compute results anew; exit code 1 if one is broken."""
+    from fedoap_coordinator.verify import verify as verdicts
+
+    config = _load(context, config_path)
+    key = signing_keys(read_private(config.coordinator.state / "keys" / "federation.key")).public
+    found = []
+    for verdict in verdicts(config.coordinator.state, config.federation, key):
+        found.append(verdict)
+        if not as_json:
+            click.echo(verdict.line)
+    counts = Counter(verdict.finding for verdict in found[1:])
+    is_sound = all(verdict.finding != "BROKEN" for verdict in found)
+    if as_json:
+        click.echo(json.dumps({"sound": is_sound, "found": [asdict(verdict) for verdict in found]}, indent=1))
+    else:
+        told = ", ".join(f"{count} {finding}" for finding, count in counts.items()) or "none"
+        click.echo(f"exchanges: {told}; signed by the federation's key {fingerprint(key)}")
+    if not is_sound:
+        sys.exit(1)
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from fedoap.config import Plan
 from fedoap.errors import StorageError
 from fedoap.protocol.events import Aggregate, Aggregated, AggregateFailed
 from fedoap.tensors import BlobManifest
-from fedoap_coordinator.aggregator import BLAME, BLOB, MASTER, RESULT, MergeBase, MergeJob, MergeResult, MergeUpdate
+from fedoap_coordinator.aggregator import BLAME, BLOB, MASTER, RESULT, MergeResult
+from fedoap_coordinator.jobs import merge_job
 from fedoap_coordinator.store import Made, Store
 
 STOP_SECONDS = 5.0
@@ -28,7 +29,7 @@ class Merging:
     """At most one aggregation process at a time, in a folder of its own; leftovers of an earlier run are gone."""
 
     def __init__(self, state: Path, store: Store, plan: Plan) -> None:
-        self._folder, self._store, self._plan = state / "merge", store, plan
+        self._state, self._folder, self._store, self._plan = state, state / "merge", store, plan
         self._running: _Running | None = None
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(mode=0o700)
@@ -45,7 +46,9 @@ class Merging:
             return Aggregated(effect.task, None)
         # A fresh name each time: the orphan of a killed daemon must not write where its successor works.
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        (folder / "job.json").write_text(self._job(effect, folder).model_dump_json())
+        uploads = [one.manifest for one in effect.updates]
+        job = merge_job(effect.manifest, uploads, self._plan, self._state, folder)
+        (folder / "job.json").write_text(job.model_dump_json())
         with (folder / "errors").open("wb") as errors:
             command = [sys.executable, "-m", "fedoap_coordinator.aggregator", str(folder / "job.json")]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
@@ -78,20 +81,6 @@ class Merging:
             job.process.kill()
             job.process.wait()
         shutil.rmtree(job.folder)
-
-    def _job(self, effect: Aggregate, folder: Path) -> MergeJob:
-        manifest, files = effect.manifest, self._store.files
-        updates = tuple(
-            MergeUpdate(blob=files(one.manifest.blob).blob, upload=one.manifest.pack().hex()) for one in effect.updates
-        )
-        return MergeJob(
-            kind=manifest.kind,
-            plan=self._plan,
-            updates=updates,
-            model=MergeBase(files=files(manifest.model, exact=True)) if manifest.model else None,
-            bank=MergeBase(files=files(manifest.bank)) if manifest.bank else None,
-            output=folder,
-        )
 
     def _take_over(self, folder: Path) -> BlobManifest:
         try:

@@ -1,0 +1,195 @@
+"""The ledger's rows as they lie there, nothing parsed or believed: what `verify` and `audit` look at.
+
+The file is opened read-only; a coordinator may be writing it. Rows come from one moment (one read
+transaction). A value of a type that its column never holds becomes one that no check accepts.
+"""
+
+import math
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar
+
+from fedoap.chain import Link
+from fedoap.errors import StorageError
+from fedoap_coordinator.ledger import BUSY_SECONDS, check_version
+
+T = TypeVar("T")
+Cell: TypeAlias = str | bytes | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvidence:
+    """A row of `tasks`; `outcome` is empty while the exchange is open."""
+
+    number: int
+    task: bytes
+    packed: bytes
+    signature: bytes
+    opened: float
+    closed: float
+    outcome: str
+    reason: str
+    result: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateEvidence:
+    """A row of `updates`."""
+
+    upload: bytes
+    task: bytes
+    site: str
+    packed: bytes
+    signature: bytes
+    stored: float
+    counted: bool
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedEvidence:
+    """A row of `published`; `exact` is empty where the blob was not rounded."""
+
+    blob: bytes
+    manifest: bytes
+    exact: bytes
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a ledger says."""
+
+    damage: tuple[str, ...]
+    """What SQLite itself finds wrong with the file."""
+    federation: bytes
+    plan: bytes
+    tasks: tuple[TaskEvidence, ...]
+    updates: tuple[UpdateEvidence, ...]
+    published: tuple[PublishedEvidence, ...]
+    links: tuple[Link, ...]
+    site_keys: tuple[tuple[str, bytes], ...]
+    """Each key that a site ever signed with."""
+
+    def updates_of(self, task: bytes) -> tuple[UpdateEvidence, ...]:
+        """Return the uploads of a task."""
+        return tuple(row for row in self.updates if row.task == task)
+
+
+def read_rows(path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
+    """Return what a function finds in a ledger that it cannot write.
+
+    Raises:
+        StorageError: there is none, it is one of another version, or it cannot be read.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path}: no such ledger; name the configuration whose coordinator.state holds it")
+    try:
+        if not _is_in_use(path):
+            # Nobody has it open. To lock it SQLite would make files, which a read-only medium forbids.
+            found = _look(path, "immutable=1", look)
+            if not _is_in_use(path):
+                return found
+        return _look(path, "mode=ro", look)
+    except sqlite3.Error as error:
+        raise StorageError(f"{path}: ledger cannot be read: {error}") from None
+
+
+def read_evidence(path: Path) -> Evidence:
+    """Return what the ledger says at this moment.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return read_rows(path, _evidence)
+
+
+def is_kept(path: Path, table: Literal["updates", "published"], name: bytes) -> bool:
+    """Return whether the ledger wants a blob on the disk now: a coordinator at work may just have dropped it."""
+    key = {"updates": "upload", "published": "blob"}[table]
+    query = f"select kept from {table} where {key}=?"  # noqa: S608 - our own words
+    return any(read_rows(path, lambda db: [bool(kept) for (kept,) in db.execute(query, (name,))]))
+
+
+def _is_in_use(path: Path) -> bool:
+    return path.with_name(f"{path.name}-wal").exists()
+
+
+def _look(path: Path, how: str, look: Callable[[sqlite3.Connection], T]) -> T:
+    uri = f"{path.absolute().as_uri()}?{how}"
+    with closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_SECONDS)) as db:
+        db.text_factory = lambda raw: raw.decode(errors="replace")
+        check_version(db, path)
+        db.execute("begin")
+        return look(db)
+
+
+def _evidence(db: sqlite3.Connection) -> Evidence:
+    facts = {_text(name): _bytes(value) for name, value in db.execute("select name, value from facts")}
+    tasks = db.execute(
+        "select number, task, packed, signature, opened, closed, outcome, reason, result from tasks order by number"
+    )
+    updates = db.execute(
+        "select upload, task, site, packed, signature, stored, counted, kept from updates order by site, stored"
+    )
+    published = db.execute("select blob, manifest, exact, kept from published order by made")
+    links = db.execute("select number, packed, signature from records order by number")
+    keys = db.execute("select site, signing_key from site_keys")
+    damage = db.execute("pragma integrity_check")
+    return Evidence(
+        damage=tuple(_text(line) for (line,) in damage if line != "ok"),
+        federation=facts.get("federation", b""),
+        plan=facts.get("plan", b""),
+        tasks=tuple(_task(row) for row in tasks),
+        updates=tuple(_update(row) for row in updates),
+        published=tuple(
+            PublishedEvidence(_bytes(blob), _bytes(manifest), _bytes(exact), bool(kept))
+            for blob, manifest, exact, kept in published
+        ),
+        links=tuple(Link(number, _bytes(packed), _bytes(signature)) for number, packed, signature in links),
+        site_keys=tuple((_text(site), _bytes(key)) for site, key in keys),
+    )
+
+
+def _task(row: tuple[Cell, ...]) -> TaskEvidence:
+    number, task, packed, signature, opened, closed, outcome, reason, result = row
+    return TaskEvidence(
+        number=int(_number(number)),
+        task=_bytes(task),
+        packed=_bytes(packed),
+        signature=_bytes(signature),
+        opened=_number(opened),
+        closed=_number(closed),
+        outcome=_text(outcome),
+        reason=_text(reason),
+        result=_bytes(result),
+    )
+
+
+def _update(row: tuple[Cell, ...]) -> UpdateEvidence:
+    upload, task, site, packed, signature, stored, counted, kept = row
+    return UpdateEvidence(
+        upload=_bytes(upload),
+        task=_bytes(task),
+        site=_text(site),
+        packed=_bytes(packed),
+        signature=_bytes(signature),
+        stored=_number(stored),
+        counted=bool(counted),
+        kept=bool(kept),
+    )
+
+
+def _bytes(value: Cell) -> bytes:
+    return value if isinstance(value, bytes) else b"" if value is None else str(value).encode()
+
+
+def _text(value: Cell) -> str:
+    return "" if value is None else str(value)
+
+
+def _number(value: Cell) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
