@@ -6,17 +6,16 @@ site at the handshake, and its hash is part of every task. Units stand in the na
 is visible in `fed.example.toml` and `site.example.toml`, which a test loads.
 """
 
-import difflib
 import hashlib
 import json
 import os
-import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedoap.errors import ConfigError
+from fedoap.toml import first_line, load_toml
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 ENDPOINT_PATTERN = r"^tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.*-]+):(\d{1,5}|\*)$"
@@ -186,7 +185,7 @@ class Plan(Frozen):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise ConfigError(f"plan from the coordinator: {_first_line(error, cls)}") from None
+            raise ConfigError(f"plan from the coordinator: {first_line(error, cls)}") from None
 
     @property
     def digest(self) -> bytes:
@@ -333,9 +332,6 @@ class ModelRecord(Frozen):
     """Folder with the site's `personal.safetensors`; a model without it runs on the shared path."""
 
 
-FrozenT = TypeVar("FrozenT", bound=Frozen)
-
-
 def check_kernels_setting() -> None:
     """Return if the environment variable FEDOAP_KERNELS is unset or names a backend.
 
@@ -374,50 +370,3 @@ def with_absolute_data(config: SiteConfig, folder: Path) -> SiteConfig:
     datalist = (folder / config.data.datalist).absolute()
     root = datalist.parent if config.data.root is None else (folder / config.data.root).absolute()
     return config.model_copy(update={"data": config.data.model_copy(update={"datalist": datalist, "root": root})})
-
-
-def load_toml(path: Path, model: type[FrozenT]) -> FrozenT:
-    """Return a file's values as the model, paths as they stand.
-
-    Raises:
-        ConfigError: naming file, key, value and expectation.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_line(error, model)}") from None
-
-
-def _first_line(error: ValidationError, model: type[BaseModel]) -> str:
-    faults = error.errors(include_url=False)
-    # a misspelt key is missing under its right name too: the misspelling is what to tell
-    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    key = ".".join(str(part) for part in first["loc"])
-    match first["type"]:
-        case "extra_forbidden":
-            near = difflib.get_close_matches(key, _keys(model), n=1)
-            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-        case "missing":
-            return f"{key} is missing"
-        case "value_error":
-            return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
-        case _:
-            text = first["msg"][0].lower() + first["msg"][1:]
-            return f"{key} is {first['input']!r}, but {text}"
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _keys(kind, f"{prefix}{name}.")
-    return keys

@@ -1,6 +1,16 @@
-"""Values as TOML, which the standard library reads but does not write."""
+"""TOML files read into checked models, and values written as TOML, which the standard library does not."""
 
+import difflib
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from fedoap.errors import ConfigError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 def to_toml(values: Mapping[str, object], prefix: str = "") -> str:
@@ -36,3 +46,51 @@ def _value(value: object) -> str:
         case _:
             text = str(value).replace("\\", "\\\\").replace('"', '\\"')
             return f'"{text}"'
+
+
+def load_toml(path: Path, model: type[ModelT]) -> ModelT:
+    """Return a file's values as the model, paths as they stand.
+
+    Raises:
+        ConfigError: naming file, key, value and expectation.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_line(error, model)}") from None
+
+
+def first_line(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first fault as key, value and expectation; a misspelt key comes with the nearest right one."""
+    faults = error.errors(include_url=False)
+    # a misspelt key is missing under its right name too: the misspelling is what to tell
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    key = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(key, _keys(model), n=1)
+            return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        case _:
+            text = first["msg"][0].lower() + first["msg"][1:]
+            return f"{key} is {first['input']!r}, but {text}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _keys(kind, f"{prefix}{name}.")
+    return keys
