@@ -9,15 +9,20 @@ is visible in `fed.example.toml` and `site.example.toml`, which a test loads.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedoap.errors import ConfigError
 from fedoap.toml import first_line, load_toml
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+PROXY_PATTERN = (
+    r"^(?P<kind>socks5|http)://((?P<user>[^:@/\s]+):(?P<password>[^:@/\s]*)@)?"
+    r"(?P<at>(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):\d{1,5})$"
+)
 ENDPOINT_PATTERN = r"^tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.*-]+):(\d{1,5}|\*)$"
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -304,11 +309,26 @@ class WorkerConfig(Frozen):
     """Another program to run jobs with; it gets the job file's path as last argument."""
 
 
+class SiteNetwork(Frozen):
+    """How the node gets out of the hospital."""
+
+    proxy: str | None = None
+    """`socks5://[user:password@]host:port`, or `http://...` for CONNECT; the node dials straight where not given."""
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(PROXY_PATTERN, url):  # never shown: it may hold a password
+            raise ValueError("must be socks5://host:port or http://host:port, with user:password@ before the host")
+        return url
+
+
 class SiteConfig(Frozen):
     """The whole of `site.toml`; who the site is, and its keys, lie beside it."""
 
     data: SiteData | None = None
     worker: WorkerConfig = WorkerConfig()
+    network: SiteNetwork = SiteNetwork()
 
 
 class BlobFiles(Frozen):

@@ -55,8 +55,11 @@ def cli(context: click.Context, site: str | None, home: Path | None, exit_when_f
     "--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The site's datalist (JSON)."
 )
 @click.option("--modality", type=click.Choice(["mr", "ct", "ultrasound", "photo"]), default="mr", show_default=True)
+@click.option("--proxy", help="Dial out through http://[USER:PASSWORD@]HOST:PORT (CONNECT) or socks5://...")
 @click.pass_context
-def join_command(context: click.Context, token: str, home: Path | None, data: Path | None, modality: str) -> None:
+def join_command(
+    context: click.Context, token: str, *, home: Path | None, data: Path | None, modality: str, proxy: str | None
+) -> None:
     """Join a federation with the one-time TOKEN that its operator sent.
 
     \b
@@ -64,7 +67,7 @@ def join_command(context: click.Context, token: str, home: Path | None, data: Pa
       fedoap-node join fedoap1-AbC... --data /data/liver/datalist.json --modality ct
     """  # noqa: D301 - click wants the control character
     home = home or context.find_root().params["home"]
-    joined = join(token, home, data, cast(Modality, modality))
+    joined = join(token, home, data, cast(Modality, modality), proxy)
     name = joined.folder.name
     click.echo(f"{name} has joined {joined.federation}")
     click.echo(f"  this site's key      {joined.site_fingerprint}")

@@ -41,6 +41,7 @@ from fedoap_node.journal import Journal
 from fedoap_node.link import Address, Link, News
 from fedoap_node.membership import Membership
 from fedoap_node.state import SiteState
+from fedoap_node.tunnel import Proxy
 from fedoap_node.work import Work
 
 TICK_MS = 200
@@ -65,7 +66,8 @@ class Node:
         )
         self._work = Work(state, config, journal)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._link = Link(self._context, Address(member.endpoint, member.server_key), member.curve)
+        proxy = Proxy.parse(config.network.proxy) if config.network.proxy else None
+        self._link = Link(self._context, Address(member.endpoint, member.server_key, proxy), member.curve)
         self._outbox: deque[Say | SayChunk] = deque()
         self._left: Leave | None = None
         self._stopping = False
@@ -128,6 +130,8 @@ class Node:
                 self._remind(f"nobody answers at {endpoint}; dialling again at growing pauses", now)
             case News.STRANGER:
                 self._remind(f"what answers at {endpoint} does not prove to be the coordinator; dialling again", now)
+            case News.PROXY:
+                self._remind(f"{self._link.fault}; dialling again at growing pauses", now)
             case News.KEY_REFUSED:
                 whom = f"site {self._member.site}: its key is not enrolled at {endpoint}, or was revoked"
                 raise RefusedError("revoked", f"{whom}; ask the federation's operator")

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from pydantic import ValidationError
 
-from fedoap.config import Modality
-from fedoap.errors import IdentityError, MessageError, RefusedError, StorageError
+from fedoap.config import Modality, SiteNetwork
+from fedoap.errors import ConfigError, IdentityError, MessageError, RefusedError, StorageError
 from fedoap.identity import (
     ENROL_CONTEXT,
     Certificate,
@@ -35,6 +36,7 @@ from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse
 from fedoap.sitefolder import SiteFolder, home_for_joining
 from fedoap_node.link import Address, Link, News
 from fedoap_node.membership import Membership
+from fedoap_node.tunnel import Proxy
 
 ANSWER_SECONDS = 30.0
 REPEAT_SECONDS = 2.0
@@ -52,13 +54,15 @@ class Joined:
     federation_fingerprint: str
 
 
-def join(text: str, home: Path | None = None, data: Path | None = None, modality: Modality = "mr") -> Joined:
-    """Return a site that has joined the token's federation, its folder written.
+def join(
+    text: str, home: Path | None = None, data: Path | None = None, modality: Modality = "mr", proxy: str | None = None
+) -> Joined:
+    """Return a site that has joined the token's federation, its folder written; it dials through the proxy, if any.
 
     Raises:
         FedoapError: the token, the coordinator or the disk refused; nothing is left behind.
     """
-    token = Token.decode(text)
+    token, way = Token.decode(text), _proxy(proxy)
     folder = SiteFolder(home_for_joining(home) / token.site)
     if folder.path.exists():
         raise IdentityError(f"site {token.site}: has joined already, {folder.path} is there; use another --home")
@@ -66,17 +70,19 @@ def join(text: str, home: Path | None = None, data: Path | None = None, modality
     keys = (token.server_key, token.federation_key)
     member = Membership(token.federation, token.site, token.endpoint, *keys, curve, signing)
     with _drafted(folder) as draft:
-        certificate = _enrol(token, member)
+        certificate = _enrol(token, member, way)
         member.write(draft.identity, certificate)
-        draft.config.write_text(site_toml(data, modality), encoding="utf-8")
+        draft.config.touch(0o600)  # a proxy's password may stand there
+        draft.config.write_text(site_toml(data, modality, proxy), encoding="utf-8")
     prints = (fingerprint(signing.public), fingerprint(token.federation_key))
     return Joined(folder, token.federation, *prints)
 
 
-def site_toml(data: Path | None, modality: Modality) -> str:
+def site_toml(data: Path | None, modality: Modality, proxy: str | None = None) -> str:
     """Return a `site.toml` that names the data, every other key in a comment with its default."""
     named = json.dumps(str(data.absolute()) if data else "datalist.json")
     mark = "" if data else "# "
+    way = f"proxy = {json.dumps(proxy)}" if proxy else '# proxy = "http://proxy.example.org:3128"'
     return f"""\
 # This site's data and hardware. Relative paths start at this file's folder.
 
@@ -94,13 +100,23 @@ def site_toml(data: Path | None, modality: Modality) -> str:
 # device = "auto"  # auto, cpu, cuda or cuda:N
 # gpus = 1  # GPUs to train on together
 # threads = 0  # CPU threads; 0 lets PyTorch choose
+
+[network]
+{way}  # the node dials out through it: http:// (CONNECT) or socks5://, USER:PASSWORD@ before the host
 """
 
 
-def _enrol(token: Token, member: Membership) -> Certificate:
+def _proxy(url: str | None) -> Proxy | None:
+    try:
+        return Proxy.parse(url) if SiteNetwork(proxy=url).proxy and url else None
+    except ValidationError as error:
+        raise ConfigError(f"--proxy {error.errors()[0]['ctx']['error']}") from None
+
+
+def _enrol(token: Token, member: Membership, proxy: Proxy | None) -> Certificate:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     token_keys = KeyPair(*token.curve_pair())
-    link = Link(context, Address(token.endpoint, token.server_key), token_keys)
+    link = Link(context, Address(token.endpoint, token.server_key, proxy), token_keys)
     try:
         certificate = _ask(link, token, _request(token, member, token_keys.public))
     finally:
@@ -126,9 +142,9 @@ def _ask(link: Link, token: Token, request: Enrol) -> Certificate:
     while (now := time.monotonic()) < deadline:
         poller.poll(100)
         for news in link.news(now):
-            failures += news in (News.STRANGER, News.KEY_REFUSED)
+            failures += news in (News.STRANGER, News.KEY_REFUSED, News.PROXY)
             if failures >= FAILURES:
-                raise _refusal(news, token)
+                raise RefusedError("proxy", link.fault) if news is News.PROXY else _refusal(news, token)
         for answer in link.receive():
             if (certificate := _read_answer(answer, token)) is not None:
                 return certificate

@@ -2,7 +2,7 @@
 
 The options are those that the coordinator's ROUTER answers to. libzmq dials again on its own, with
 growing pauses, while nobody listens. A handshake that fails would be tried again at once and for
-ever, so there the pauses are ours.
+ever, so there the pauses are ours. Through a proxy it dials a relay of our own, and all pauses are.
 """
 
 import random
@@ -23,6 +23,8 @@ from fedoap.messages import (
     decode_from_coordinator,
     encode,
 )
+from fedoap_node.relay import Relay
+from fedoap_node.tunnel import Proxy, Target
 
 WINDOW_CHUNKS = 16
 RECEIVE_BATCH = 16
@@ -51,16 +53,19 @@ class News(Enum):
     """Nobody listens at the address, or a firewall drops what is sent there."""
     STRANGER = "stranger"
     """Somebody answers, but does not prove to hold the coordinator's key; or it is shutting down."""
+    PROXY = "proxy"
+    """The proxy is not there, or refuses: `Link.fault` says which."""
     KEY_REFUSED = "key refused"
     """The coordinator does not know this site's key, or not any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the coordinator listens, and the CURVE key that it must prove to hold."""
+    """Where the coordinator listens, the CURVE key that it must prove to hold, and the proxy on the way, if any."""
 
     endpoint: str
     server_key: bytes
+    proxy: Proxy | None = None
 
 
 class Link:
@@ -71,9 +76,10 @@ class Link:
     """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: Address, keys: KeyPair) -> None:
-        self._endpoint = address.endpoint
+        self._relay = Relay(Target.of(address.endpoint), address.proxy) if address.proxy else None
+        self._endpoint = self._relay.endpoint if self._relay else address.endpoint
         self.socket = context.socket(zmq.DEALER)
-        _configure(self.socket, address, keys)
+        _configure(self.socket, self._endpoint, address.server_key, keys)
         self.monitor = self.socket.get_monitor_socket(_EVENTS)
         self.up = False
         self._failures = 0
@@ -84,6 +90,11 @@ class Link:
             self.close()
             reason = (error.strerror or "unknown reason").lower()
             raise ConfigError(f"coordinator's address is {self._endpoint}, but cannot be dialled: {reason}") from None
+
+    @property
+    def fault(self) -> str:
+        """Why the proxy let the last attempt down, or nothing."""
+        return self._relay.fault if self._relay else ""
 
     def news(self, now: float) -> Iterator[News]:
         """Yield what happened since the last call."""
@@ -122,6 +133,8 @@ class Link:
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(linger_ms)
+        if self._relay:
+            self._relay.close()
 
     def _interpret(self, event: int, value: int, now: float) -> News | None:
         match event:
@@ -138,7 +151,7 @@ class Link:
                 return News.KEY_REFUSED
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._pause(now)
-                return News.STRANGER
+                return News.PROXY if self.fault else News.STRANGER
             case _:
                 return None
 
@@ -153,9 +166,9 @@ class Link:
             return
 
 
-def _configure(socket: "zmq.Socket[bytes]", address: Address, keys: KeyPair) -> None:
+def _configure(socket: "zmq.Socket[bytes]", endpoint: str, server_key: bytes, keys: KeyPair) -> None:
     socket.linger = 0
-    socket.curve_serverkey = address.server_key
+    socket.curve_serverkey = server_key
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
     socket.sndhwm = socket.rcvhwm = WINDOW_CHUNKS
     socket.maxmsgsize = MAX_MESSAGE_BYTES
@@ -164,7 +177,7 @@ def _configure(socket: "zmq.Socket[bytes]", address: Address, keys: KeyPair) -> 
     socket.heartbeat_timeout = socket.heartbeat_ttl = SILENCE_MS
     socket.reconnect_ivl = random.randint(FIRST_PAUSE_MS, 2 * FIRST_PAUSE_MS)  # noqa: S311 - spreads the sites' dials
     socket.reconnect_ivl_max = random.randint(LONGEST_PAUSE_MS // 2, LONGEST_PAUSE_MS)  # noqa: S311
-    socket.ipv6 = "[" in address.endpoint  # a name that has both addresses is dialled by IPv4 only
+    socket.ipv6 = "[" in endpoint  # a name that has both addresses is dialled by IPv4 only
 
 
 def _decoded(frames: list[zmq.Frame]) -> tuple[FromCoordinator, memoryview] | MessageError:

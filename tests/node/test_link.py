@@ -4,45 +4,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import zmq
-import zmq.auth.thread
-from zmq.utils import z85
 
+from door import OTHER, SERVER, SITE, Context, Door
 from fedoap.errors import ConfigError, MessageError
-from fedoap.identity import KeyPair, curve_keys
+from fedoap.identity import KeyPair
 from fedoap.messages import Bye, Idle, Open, encode
 from fedoap_node.link import Address, Link, News
-
-SERVER, SITE, OTHER = (curve_keys(bytes([n]) * 32) for n in (1, 2, 3))
-Context = zmq.Context[zmq.Socket[bytes]]
 
 
 @pytest.fixture
 def context() -> Iterator[Context]:
     with zmq.Context() as made:
         yield made
-
-
-class Door:
-    """A ROUTER that lets in whoever holds the site's key, as the coordinator does."""
-
-    def __init__(self, context: Context, port: int = 0) -> None:
-        self._guard = zmq.auth.thread.ThreadAuthenticator(context)
-        self._guard.start()
-        self._guard.configure_curve_callback("fedoap", self)
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.linger = 0
-        self.socket.curve_server = True
-        self.socket.curve_publickey, self.socket.curve_secretkey = SERVER.public, SERVER.secret
-        self.socket.zap_domain = b"fedoap"
-        self.socket.bind(f"tcp://127.0.0.1:{port or '*'}")
-        self.endpoint = str(self.socket.get_string(zmq.LAST_ENDPOINT))
-
-    def callback(self, _domain: str, key: bytes) -> bool:
-        return bytes(z85.decode(key)) == SITE.public
-
-    def close(self) -> None:
-        self.socket.close(0)
-        self._guard.stop()
 
 
 @pytest.fixture

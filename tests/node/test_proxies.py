@@ -1,0 +1,143 @@
+"""The node behind a proxy: bytes pass unharmed, and a proxy that refuses is named with what to do."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from door import SERVER, SITE, Context, Door
+from fedoap.errors import MessageError
+from fedoap.messages import CHUNK_BYTES, Bye, Chunk, Idle, encode
+from fedoap_node.link import Address, Link, News
+from fedoap_node.tunnel import Proxy, ProxyError, Target, dial
+from proxies import ConnectProxy, LittleProxy, SocksProxy
+
+
+@pytest.fixture
+def context() -> Iterator[Context]:
+    with zmq.Context() as made:
+        yield made
+
+
+@pytest.fixture
+def door(context: Context) -> Iterator[Door]:
+    with Door(context) as made:
+        yield made
+
+
+def wait_for(link: Link, wanted: News, seconds: float = 8.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        link.monitor.poll(20)
+        if wanted in list(link.news(time.monotonic())):
+            return
+        link.dial(time.monotonic())
+    raise AssertionError(f"{wanted} did not come; {link.fault}")
+
+
+def through(context: Context, endpoint: str, url: str) -> Link:
+    return Link(context, Address(endpoint, SERVER.public, Proxy.parse(url)), SITE)
+
+
+@pytest.mark.parametrize("kind", [ConnectProxy, SocksProxy])
+@pytest.mark.parametrize("user", ["", "fedoap:s3cret"])
+def test_a_chunk_passes_both_ways_through_a_proxy(
+    context: Context, door: Door, kind: type[LittleProxy], user: str
+) -> None:
+    """Planted bugs: the CONNECT answer read past its end; a relay that passes on one buffer only."""
+    proxy = kind(asks_for=user)
+    link = through(context, door.endpoint, proxy.url(user))
+    body = os.urandom(CHUNK_BYTES)
+    wait_for(link, News.UP)
+
+    link.send(Chunk(bytes(32), 0), body)
+    route, _, arrived = door.socket.recv_multipart()
+    door.socket.send_multipart([route, encode(Idle("waiting", "for hospital_b")), b""])
+    link.socket.poll(5000)
+    answers = [answer for answer in link.receive() if not isinstance(answer, MessageError)]
+    link.close()
+    proxy.close()
+
+    assert arrived == body
+    assert [answer[0] for answer in answers] == [Idle("waiting", "for hospital_b")]
+    assert len(proxy.asked) == 1
+
+
+@pytest.mark.parametrize("kind", [ConnectProxy, SocksProxy])
+def test_a_connection_that_the_proxy_cuts_comes_back(context: Context, door: Door, kind: type[LittleProxy]) -> None:
+    """Planted bug: a relay that ends with its first connection."""
+    proxy = kind()
+    link = through(context, door.endpoint, proxy.url())
+    wait_for(link, News.UP)
+
+    proxy.cut()
+    wait_for(link, News.DOWN)
+    wait_for(link, News.UP)
+    assert link.send(Bye())
+
+    assert door.socket.recv_multipart()[1] == encode(Bye())
+    link.close()
+    proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("proxy", "user", "expected"),
+    [
+        (lambda: ConnectProxy(asks_for="a:b"), "", 'asks who we are; in site.toml, set network.proxy = "http://USER'),
+        (lambda: ConnectProxy(asks_for="a:b"), "a:x", "does not accept the user and password that network.proxy"),
+        (lambda: ConnectProxy(refusal=403), "", "does not allow CONNECT to fed.example.org:7470; ask who runs it"),
+        (lambda: ConnectProxy(refusal=502), "", "cannot reach fed.example.org:7470; is the coordinator running"),
+        (lambda: ConnectProxy(refusal=500), "", "refuses CONNECT to fed.example.org:7470 (it answered 'HTTP/1.1 500"),
+        (lambda: SocksProxy(asks_for="a:b"), "", 'asks who we are; in site.toml, set network.proxy = "socks5://USER'),
+        (lambda: SocksProxy(asks_for="a:b"), "a:x", "does not accept the user and password that network.proxy"),
+        (lambda: SocksProxy(refusal=2), "", "does not connect to fed.example.org:7470: its rules do not allow that"),
+        (lambda: SocksProxy(refusal=5), "", "does not connect to fed.example.org:7470: nothing listens there"),
+    ],
+)
+def test_a_proxy_that_refuses_is_named_with_what_to_do(proxy: "type[LittleProxy]", user: str, expected: str) -> None:
+    """Planted bugs: the status not looked at; a password in the text."""
+    made = proxy()
+
+    with pytest.raises(ProxyError) as caught:
+        dial(Target("fed.example.org", 7470), Proxy.parse(made.url(user)), 5)
+    made.close()
+
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith(f"proxy {made.url()}: ")
+    assert user == "" or user not in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("http", SocksProxy), ("socks5", ConnectProxy)])
+def test_a_proxy_of_another_kind_is_named(kind: str, other: type[LittleProxy]) -> None:
+    made = other()
+
+    with pytest.raises(ProxyError, match=r"gave no answer|hung up|is no "):
+        dial(Target("fed.example.org", 7470), Proxy.parse(f"{kind}://{made.address}"), 0.5)
+    made.close()
+
+
+def test_a_proxy_that_is_not_there_is_named(context: Context, door: Door) -> None:
+    """The link says so too, again and again at growing pauses, and never that the coordinator is a stranger."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    link = through(context, door.endpoint, nowhere)
+
+    wait_for(link, News.PROXY)
+
+    assert link.fault == f"proxy {nowhere}: cannot be reached: connection refused; see network.proxy in site.toml"
+    link.close()
+
+
+def test_the_proxy_resolves_the_coordinators_name() -> None:
+    """A hospital's inner machines often resolve no outer name. Planted bug: resolved here."""
+    made = SocksProxy(refusal=4)
+
+    with pytest.raises(ProxyError):
+        dial(Target("no-such-name.invalid", 7470), Proxy.parse(made.url()), 5)
+    made.close()
+
+    assert made.asked == ["no-such-name.invalid:7470"]
