@@ -29,7 +29,7 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -Im pytest benchmarks --benchmark-only
-	$(BIN)/python benchmarks/rounds.py
+	PYTHONPATH=. $(BIN)/python benchmarks/rounds.py
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist .

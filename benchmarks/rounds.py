@@ -1,8 +1,8 @@
 """What a round costs when nothing is trained: the real daemons, a stand-in worker, the average checked.
 
-    python benchmarks/rounds.py --mb 200 --sites 3 --rounds 3
+    PYTHONPATH=. python benchmarks/rounds.py --mb 200 --sites 3 --rounds 3
 
-A site sends back what it got, plus a change that its number fixes: this file is the worker too (`--work JOB`).
+The worker is the one of `peer/standin.py`: a site sends back what it got, plus a change that its number fixes.
 Prints, over the training rounds: seconds from the announcement of a round to that of the next, the same without
 the slowest site's worker, the peak resident memory of the coordinator (all its processes together) and of the
 largest node daemon (without its worker), and the bytes that travelled. Everything is on loopback, in a
@@ -25,26 +25,17 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict
 
 import numpy as np
 import psutil
 
+from benchmarks.peer import standin
+from benchmarks.peer.standin import FIRST, site_change
 from fedoap.config import ModelRecord
-from fedoap.tensors import BlobManifest, as_float32, read_blob, write_blob
+from fedoap.tensors import BlobManifest, Dtype, as_float32, write_blob
 
 TENSORS = 60
 Row = dict[str, str | int | float]
-
-
-class Job(TypedDict):
-    """What this worker reads of its job."""
-
-    kind: str
-    site: str
-    plan: dict[str, dict[str, Literal["float32", "bfloat16"]]]
-    model: dict[str, str]
-    output: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +70,7 @@ class Trial:
     mb: float
     names: list[str]
     rounds: int
-    dtype: str
+    dtype: Dtype
 
     @property
     def config(self) -> Path:
@@ -119,9 +110,7 @@ class Watch:
 
 
 def main() -> None:
-    """Measure and print, or do a worker's job."""
-    if sys.argv[1:2] == ["--work"]:
-        return work(json.loads(Path(sys.argv[2]).read_bytes()))
+    """Measure and print."""
     options = _options()
     with tempfile.TemporaryDirectory(prefix="fedoap-rounds-", dir=options.folder) as folder:
         names = [f"site{k}" for k in range(options.sites)]
@@ -130,13 +119,14 @@ def main() -> None:
         print(f"{name:24} {value:.2f}" if isinstance(value, float) else f"{name:24} {value}")
     if options.csv:
         _append(options.csv, figures)
-    return None
 
 
 def measure(trial: Trial) -> Figures:
     """Run one federation and return its figures; the final average is checked first."""
-    os.environ |= {"ROUNDS_FLOATS": str(trial.floats), "OMP_NUM_THREADS": "1"}
+    os.environ |= {FIRST: str(trial.root / "first.blob"), "OMP_NUM_THREADS": "1"}
     _write_config(trial)
+    first = write_blob(trial.root / "first.blob", first_weights(trial.floats), trial.dtype)
+    (trial.root / "first.blob.manifest").write_bytes(first.pack())
     with ExitStack() as stack:
         coordinator = _start(stack, trial, "coordinator", "fedoap_coordinator", "--config", str(trial.config))
         for name in trial.names:
@@ -155,33 +145,10 @@ def measure(trial: Trial) -> Figures:
     return _figures(trial, watch)
 
 
-def work(job: Job) -> None:
-    """Do one job of a site."""
-    tensors: dict[str, np.ndarray] = {}
-    if job["kind"] == "init":
-        tensors = first_weights(int(os.environ["ROUNDS_FLOATS"]))
-    elif job["kind"] == "train":
-        manifest = BlobManifest.unpack(Path(job["model"]["manifest"]).read_bytes())
-        change = np.float32(site_change(job["site"]))
-        for name, values in read_blob(Path(job["model"]["blob"]), manifest).items():
-            tensors[name] = values.astype(np.float32, copy=False) + change
-    output = Path(job["output"])
-    if tensors:
-        manifest = write_blob(output / "update.blob", tensors, job["plan"]["wire"]["dtype"])
-        (output / "update.manifest").write_bytes(manifest.pack())
-    (output / "draft.json").write_text(json.dumps({"cases": 8, "metrics": {"loss": 0.5}}))
-    (output / "draft.json").rename(output / "result.json")
-
-
 def first_weights(floats: int) -> dict[str, np.ndarray]:
     """Return tensors of so many standard-normal values together."""
     random = np.random.default_rng(1)
     return {f"layer{k:02d}.weight": random.standard_normal(floats // TENSORS, np.float32) for k in range(TENSORS)}
-
-
-def site_change(site: str) -> float:
-    """Return what a site adds to each weight in a round."""
-    return 1e-3 * (1 + int(site.removeprefix("site")))
 
 
 def _figures(trial: Trial, watch: Watch) -> Figures:
@@ -239,7 +206,7 @@ def _join(trial: Trial, name: str) -> None:
     home, data = trial.root / "home", trial.root / "datalist.json"
     join = [sys.executable, "-m", "fedoap_node", "join", token, "--home", str(home), "--data", str(data)]
     subprocess.run(join, check=True, capture_output=True)
-    worker = json.dumps([sys.executable, str(Path(__file__).absolute()), "--work"])
+    worker = json.dumps([sys.executable, standin.__file__])
     with (home / name / "site.toml").open("a") as text:
         text.write(f"command = {worker}\n")
 
