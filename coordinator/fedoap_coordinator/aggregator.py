@@ -1,14 +1,16 @@
-"""The one process that does arithmetic on the sites' updates: `python -m fedoap_coordinator.aggregator JOB.json`.
+"""The one process that does arithmetic on the sites' updates: `python -m fedoap_coordinator.aggregator`.
 
-It reads a `MergeJob`, leaves durable blob files and, last and atomically, a `MergeResult` in
-`job.output`. It holds no socket, no key and no ledger; the daemon takes its files over. Exit code 0
-means that the result is there; 2 that the last line of standard error says what is wrong, and that the
+Each line of its standard input names a `MergeJob`'s file. It leaves durable blob files and, last and
+atomically, a `MergeResult` in `job.output`, then writes the job's name to standard output, and ends with
+its input. It holds no socket, no key and no ledger; the daemon takes its files over. It ends with exit
+code 2 at the first job that cannot be done: the last line of standard error says what is wrong, and the
 file `BLAME`, if there is one, names the site whose update is to blame.
 """
 
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -124,9 +126,17 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
 
 
+def serve(jobs: Iterable[str]) -> None:
+    """Do one job after the other, and say after each that it is done."""
+    for line in jobs:
+        main(Path(line.removesuffix("\n")))
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        serve(sys.stdin)
     except (FedoapError, OSError, ValidationError) as error:
         sys.stderr.write(f"{' '.join(str(error).split())}\n")
         sys.exit(2)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+import zmq
+
 from fedoap.errors import FedoapError, MessageError
 from fedoap.identity import fingerprint
 from fedoap.messages import Enrol, Refuse
@@ -42,7 +44,7 @@ TICK_SECONDS = 0.25
 STATUS_SECONDS = 2.0
 """How old `status` may be: a file system may flush what replaces a file, and the loop would wait for it."""
 BUSY_MILLISECONDS = 5
-"""Pause while a download waits for room or a result is being merged."""
+"""Pause while a download waits for room."""
 FAREWELL_SECONDS = 10.0
 """A finished run that is to end by itself waits at most so long for the sites to take their leave."""
 
@@ -75,7 +77,7 @@ class Daemon:
         self._carry_out_all(self.machine.start(time.monotonic()))
         wait = 0
         while not self.stopping and not (exit_when_finished and self._is_over()):
-            self.port.socket.poll(wait)
+            self._wait(wait)
             for arrived in self.port.receive():
                 self._take(arrived)
             sending = self.port.pump()
@@ -83,14 +85,21 @@ class Daemon:
             if merged:
                 self._handle(merged)
             self._tick()
-            busy = self.merging.busy or sending == "blocked"
-            wait = 0 if sending == "more" else BUSY_MILLISECONDS if busy else int(TICK_SECONDS * 1000)
+            wait = {"more": 0, "blocked": BUSY_MILLISECONDS, "idle": int(TICK_SECONDS * 1000)}[sending]
         self._handle(Stopping())
 
     def note(self, note: Note) -> None:
         """Log a note and show it."""
         if self.journal.write(note):
             self.console.note(note)
+
+    def _wait(self, milliseconds: int) -> None:
+        """Wait for a message, the end of a merge, or so long."""
+        poller = zmq.Poller()
+        poller.register(self.port.socket, zmq.POLLIN)
+        for descriptor in self.merging.descriptors():
+            poller.register(descriptor, zmq.POLLIN)
+        poller.poll(milliseconds)
 
     def _take(self, arrived: Arrived) -> None:
         content = arrived.content

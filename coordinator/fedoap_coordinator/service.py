@@ -99,7 +99,7 @@ def _daemon(
         store = Store(ledger, Blobs(state), time.time, notary.sign, config.retention)
         stack.callback(store.blobs.close)
         merging = Merging(state, store, config.plan)
-        stack.callback(merging.stop)
+        stack.callback(merging.close)
         machine = Coordinator(
             config,
             ledger.roster(),

@@ -1,6 +1,7 @@
 """The aggregation process: files in, durable files out, and the daemon goes on meanwhile."""
 
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -31,6 +32,13 @@ def store(state: Path, ledger: Ledger) -> Iterator[Store]:
     store = open_store(ledger, state)
     yield store
     store.blobs.close()
+
+
+@pytest.fixture
+def merging(state: Path, store: Store, config: FederationConfig) -> Iterator[Merging]:
+    merging = Merging(state, store, config.plan)
+    yield merging
+    merging.close()
 
 
 def rounded(config: FederationConfig) -> Plan:
@@ -70,11 +78,8 @@ def task(make: Maker, updates: tuple[Update, ...], manifest: TaskManifest) -> Ag
     return Aggregate(b"t" * 32, manifest, updates)
 
 
-def test_the_first_weights_are_taken_over_as_they_are(
-    state: Path, store: Store, make: Maker, config: FederationConfig
-) -> None:
+def test_the_first_weights_are_taken_over_as_they_are(state: Path, store: Store, make: Maker, merging: Merging) -> None:
     first = stored(store, make, "hospital_a", 3.0)
-    merging = Merging(state, store, config.plan)
 
     merging.start(task(make, (first,), make.task("init", 0)))
     end = outcome(merging)
@@ -85,11 +90,10 @@ def test_the_first_weights_are_taken_over_as_they_are(
 
 
 def test_the_mean_of_two_sites_is_a_durable_blob_that_sites_may_fetch(
-    state: Path, store: Store, make: Maker, config: FederationConfig
+    state: Path, store: Store, make: Maker, merging: Merging
 ) -> None:
     base = stored(store, make, "hospital_c", 1.0).manifest.blob
     updates = (stored(store, make, "hospital_a", 2.0), stored(store, make, "hospital_b", 5.0))
-    merging = Merging(state, store, config.plan)
 
     merging.start(task(make, updates, make.task("train", 1, base)))
     end = outcome(merging)
@@ -100,7 +104,7 @@ def test_the_mean_of_two_sites_is_a_durable_blob_that_sites_may_fetch(
 
 
 def test_with_bfloat16_the_float32_original_is_kept_and_is_the_next_rounds_base(
-    state: Path, store: Store, make: Maker, config: FederationConfig
+    state: Path, store: Store, make: Maker, config: FederationConfig, request: pytest.FixtureRequest
 ) -> None:
     base = stored(store, make, "hospital_c", 1.0, "bfloat16").manifest.blob
     updates = (
@@ -108,6 +112,7 @@ def test_with_bfloat16_the_float32_original_is_kept_and_is_the_next_rounds_base(
         stored(store, make, "hospital_b", 1.0078125, "bfloat16"),
     )
     merging = Merging(state, store, rounded(config))
+    request.addfinalizer(merging.close)
 
     merging.start(task(make, updates, make.task("train", 1, base)))
     end = outcome(merging)
@@ -120,10 +125,11 @@ def test_with_bfloat16_the_float32_original_is_kept_and_is_the_next_rounds_base(
 
 
 def test_the_first_weights_in_bfloat16_have_an_original_too(
-    state: Path, store: Store, make: Maker, config: FederationConfig
+    state: Path, store: Store, make: Maker, config: FederationConfig, request: pytest.FixtureRequest
 ) -> None:
     first = stored(store, make, "hospital_a", 3.0, "bfloat16")
     merging = Merging(state, store, rounded(config))
+    request.addfinalizer(merging.close)
 
     merging.start(task(make, (first,), make.task("init", 0)))
 
@@ -131,18 +137,14 @@ def test_the_first_weights_in_bfloat16_have_an_original_too(
     assert value(store, first.manifest.blob, exact=True) == 3.0
 
 
-def test_metrics_alone_need_no_process(state: Path, store: Store, make: Maker, config: FederationConfig) -> None:
-    merging = Merging(state, store, config.plan)
+def test_metrics_alone_need_no_process(state: Path, store: Store, make: Maker, merging: Merging) -> None:
 
     assert merging.start(task(make, (), make.task("calibrate", 3))) == Aggregated(b"t" * 32, None)
     assert not merging.busy
 
 
-def test_updates_that_do_not_fit_fail_with_the_reason(
-    state: Path, store: Store, make: Maker, config: FederationConfig
-) -> None:
+def test_updates_that_do_not_fit_fail_with_the_reason(state: Path, store: Store, make: Maker, merging: Merging) -> None:
     _, base = make.blob(1.0, size=7)
-    merging = Merging(state, store, config.plan)
     files = store.files(base)
     files.blob.write_bytes(bytes(28))
     files.manifest.write_bytes(base.pack())
@@ -156,10 +158,7 @@ def test_updates_that_do_not_fit_fail_with_the_reason(
     assert list((state / "merge").iterdir()) == []
 
 
-def test_a_killed_process_is_a_failed_aggregation(
-    state: Path, store: Store, make: Maker, config: FederationConfig
-) -> None:
-    merging = Merging(state, store, config.plan)
+def test_a_killed_process_is_a_failed_aggregation(state: Path, store: Store, make: Maker, merging: Merging) -> None:
     merging.start(task(make, (stored(store, make, "hospital_a", 2.0),), make.task("init", 0)))
     running = merging._running
     assert running is not None
@@ -168,10 +167,7 @@ def test_a_killed_process_is_a_failed_aggregation(
     assert outcome(merging) == AggregateFailed(b"t" * 32, "the aggregation process ended with code -9")
 
 
-def test_stopping_ends_the_process_and_leaves_nothing(
-    state: Path, store: Store, make: Maker, config: FederationConfig
-) -> None:
-    merging = Merging(state, store, config.plan)
+def test_stopping_ends_the_process_and_leaves_nothing(state: Path, store: Store, make: Maker, merging: Merging) -> None:
     begun = time.monotonic()
     merging.start(task(make, (stored(store, make, "hospital_a", 2.0),), make.task("init", 0)))
 
@@ -181,3 +177,47 @@ def test_stopping_ends_the_process_and_leaves_nothing(
     assert merging.poll() is None
     assert list((state / "merge").iterdir()) == []
     assert time.monotonic() - begun < 5.0
+
+
+def test_one_process_merges_round_after_round(store: Store, make: Maker, merging: Merging) -> None:
+    pids = set()
+    for value_now in (2.0, 3.0):
+        merging.start(task(make, (stored(store, make, f"hospital_{value_now}", value_now),), make.task("init", 0)))
+        assert merging._process is not None
+        pids.add(merging._process.pid)
+        assert isinstance(outcome(merging), Aggregated)
+
+    assert len(pids) == 1
+
+
+def test_the_end_of_a_merge_wakes_who_waits_for_it(store: Store, make: Maker, merging: Merging) -> None:
+    merging.start(task(make, (stored(store, make, "hospital_a", 2.0),), make.task("init", 0)))
+
+    woken, _, _ = select.select(merging.descriptors(), [], [], 30.0)
+
+    assert woken
+    assert isinstance(merging.poll(), Aggregated)
+    assert merging.descriptors() == []
+
+
+def test_after_a_job_that_failed_comes_a_fresh_process(store: Store, make: Maker, merging: Merging) -> None:
+    first = stored(store, make, "hospital_a", 2.0)
+    merging.start(task(make, (first,), make.task("train", 1)))
+    assert isinstance(outcome(merging), AggregateFailed)
+
+    merging.start(task(make, (first,), make.task("init", 0)))
+
+    assert isinstance(outcome(merging), Aggregated)
+
+
+def test_the_process_ends_with_the_daemon(store: Store, make: Maker, merging: Merging) -> None:
+    """Planted bug: a process that goes on reading after its input has ended."""
+    merging.start(task(make, (stored(store, make, "hospital_a", 2.0),), make.task("init", 0)))
+    outcome(merging)
+    process = merging._process
+    assert process is not None
+    assert process.stdin is not None
+
+    process.stdin.close()  # what the kernel does when the daemon is killed
+
+    assert process.wait(30) == 0
