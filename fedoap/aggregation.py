@@ -1,15 +1,17 @@
-"""Streaming mean of the sites' weights, and conversion between wire dtypes.
+"""Streaming merge of the sites' weights, and conversion between wire dtypes.
 
 Blobs are read slice by slice with `pread` and never as a whole, one site after the other, so memory
-depends neither on the model's size nor on the number of sites. Sums are float64 and run over the
-sites in the order of their names: every element sees the same operations whatever the slices are,
-so the bits of the result depend only on the set of updates. Whole numbers have no mean: a model
-with an int64 tensor is refused.
+depends neither on the model's size nor on the number of sites: a rule that must see all sites' values
+at once gets slices that are the shorter the more sites there are. Sums are float64 and run over the
+sites in the order of their names, or over sorted values: every element sees the same operations
+whatever the slices are, so the bits of the result depend only on the set of updates. Whole numbers
+have no mean: a model with an int64 tensor is refused.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,10 +22,13 @@ from numpy.typing import NDArray
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
 from fedoap.messages import CHUNK_BYTES
+from fedoap.robust import median, outlier, trimmed_mean
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec, UploadManifest, as_float32, bfloat16_bits
 
 SLICE_VALUES = 1 << 19
 """Values of a tensor that are in memory at once: 4 MiB as float64."""
+MATRIX_SLICES = 4
+"""So many slices of float32 values hold those of all sites together, for rules that sort them: 8 MiB."""
 
 
 def merge_models(
@@ -36,26 +41,35 @@ def merge_models(
 ) -> BlobManifest:
     """Write base + server_learning_rate * (mean of the updates - base) as float32 and return its manifest.
 
+    With another `strategy.rule` the median or trimmed mean stands in the mean's place (`fedoap.robust`).
     The mean is weighted as `strategy.weighting` says (McMahan et al. 2017, arXiv:1602.05629, and for
     rates other than 1 the pseudo-gradient of Reddi et al. 2021, arXiv:2003.00295). It is computed as
     (1 - rate) * base + rate * mean: at a rate of 1 that is the mean to the last bit.
 
     Raises:
-        TensorsError: naming the site whose update does not fit the base, or the tensor with no finite mean.
+        UpdateError: naming the site whose update does not fit the base, or lies too far from it.
+        TensorsError: there is no update, a file does not fit its manifest, or a tensor has no finite mean.
     """
     ordered = sorted(updates, key=lambda update: update[1].site)
     _check_updates(ordered, *base)
-    weights = [site_weight(manifest, strategy) for _, manifest in ordered]
-    sources = [_Source(path, manifest.blob) for path, manifest in ordered]
+    sources = {manifest.site: _Source(path, manifest.blob) for path, manifest in ordered}
     old = _Source(*base)
+    if strategy.max_norm_ratio is not None:
+        _check_distances(_distances(sources, old, base[1]), strategy.max_norm_ratio)
+    weighted = [(sources[manifest.site], site_weight(manifest, strategy)) for _, manifest in ordered]
     rate = strategy.server_learning_rate
+    values = slice_values if strategy.rule == "mean" else max(1, MATRIX_SLICES * slice_values // len(sources))
     with BlobWriter(output) as writer:
         for index, spec in enumerate(base[1].tensors):
             writer.begin(TensorSpec(spec.name, "float32", spec.shape))
-            for start, stop in _slices(spec, slice_values):
-                mean = _mean(
-                    [(source, weight) for source, weight in zip(sources, weights, strict=True)], index, start, stop
-                )
+            for start, stop in _slices(spec, values):
+                match strategy.rule:
+                    case "mean":
+                        mean = _mean(weighted, index, start, stop)
+                    case "median":
+                        mean = median(_rows(weighted, index, start, stop))
+                    case "trimmed_mean":
+                        mean = trimmed_mean(_rows(weighted, index, start, stop), strategy.trimmed(len(weighted)))
                 writer.write(_step(old.read(index, start, stop), mean, rate, spec.name))
     return writer.manifest
 
@@ -204,6 +218,36 @@ def _mean(sources: Sequence[tuple[_Source, float]], index: int, start: int, stop
         total += term
     total /= sum(weight for _, weight in sources)
     return total
+
+
+def _rows(sources: Sequence[tuple[_Source, float]], index: int, start: int, stop: int) -> NDArray[np.float32]:
+    rows = np.empty((len(sources), stop - start), np.float32)
+    for row, (source, _) in zip(rows, sources, strict=True):
+        row[:] = source.read(index, start, stop)
+    return rows
+
+
+def _distances(sources: Mapping[str, _Source], old: _Source, base: BlobManifest) -> dict[str, float]:
+    """Return each site's L2 distance from the base over all that is shared, in one pass over every file."""
+    squares = dict.fromkeys(sources, 0.0)
+    for index, spec in enumerate(base.tensors):
+        for start, stop in _slices(spec, SLICE_VALUES):
+            before = old.read(index, start, stop).astype(np.float64)
+            for site, source in sources.items():
+                change = source.read(index, start, stop) - before
+                squares[site] += float(np.square(change, out=change).sum())
+    return {site: math.sqrt(square) for site, square in squares.items()}
+
+
+def _check_distances(distances: Mapping[str, float], ratio: float) -> None:
+    far = outlier(distances, ratio)
+    if far is not None:
+        site, middle = far
+        raise UpdateError(
+            site,
+            f"its update lies {distances[site]:.4g} from the model, but at most {ratio * middle:.4g} counts: "
+            f"strategy.max_norm_ratio = {ratio:g} times {middle:.4g}, the median of {len(distances)} sites",
+        )
 
 
 def _step(base: NDArray[np.float32], mean: NDArray[np.float64], rate: float, name: str) -> NDArray[np.float32]:

@@ -8,8 +8,10 @@ is visible in `fed.example.toml` and `site.example.toml`, which a test loads.
 
 import hashlib
 import json
+import math
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -141,10 +143,33 @@ class StrategyConfig(Frozen):
     """Parts that stay at the site instead of the strategy's own list (see `fedoap.params.PARTS`)."""
     weighting: Literal["cases", "uniform"] = "uniform"
     """How much a site counts in the mean: by its training cases, or all alike."""
+    rule: Literal["mean", "trimmed_mean", "median"] = "mean"
+    """How the sites' weights become one, coordinate by coordinate; the last two count all sites alike."""
+    trim_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.34
+    """Share of the values that `trimmed_mean` cuts at each end."""
+    max_norm_ratio: Annotated[float, Field(ge=1)] | None = None
+    """An update farther from the model than so many times the sites' median distance does not count."""
     server_learning_rate: Positive = 1.0
     """Step along the mean of the sites' changes; 1 is plain averaging."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """mu of mu/2 ||w_personal - w_shared||^2, which holds personal parts near their shared twins."""
+
+    @model_validator(mode="after")
+    def _robust_rules_count_alike(self) -> Self:
+        if self.rule != "mean" and self.weighting == "cases":
+            raise ValueError(f'weighting is cases, but rule {self.rule} counts all sites alike: set it to "uniform"')
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """The fewest updates among which no single one has its way; 1 for the mean, which guards against none."""
+        if self.rule == "trimmed_mean":
+            return math.ceil(1 / Decimal(str(self.trim_fraction)))
+        return 3 if self.rule == "median" else 1
+
+    def trimmed(self, updates: int) -> int:
+        """Return how many of so many values `trimmed_mean` cuts at each end: floor(trim_fraction * updates)."""
+        return int(Decimal(str(self.trim_fraction)) * updates)  # as floats 0.29 * 100 is 28.999...
 
 
 class WireConfig(Frozen):
@@ -260,6 +285,11 @@ class FederationConfig(Frozen):
             raise ValueError(f"sites is {list(self.sites)}, but each name may occur once")
         if self.quorum > len(self.sites):
             raise ValueError(f"rounds.quorum is {self.quorum}, but only {len(self.sites)} sites are listed")
+        if self.quorum < self.strategy.fewest:
+            needed = f"strategy.rule = {self.strategy.rule} needs {self.strategy.fewest}"
+            raise ValueError(f"rounds.quorum is {self.quorum}, but {needed}, or one bad update has its way")
+        if self.strategy.max_norm_ratio is not None and len(self.sites) < 3:
+            raise ValueError(f"strategy.max_norm_ratio needs 3 sites: of {len(self.sites)}, none stands out")
         _ = self.plan
         return self
 

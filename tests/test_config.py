@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from fedoap.config import FederationConfig, Frozen, Plan, SiteConfig, SiteData, load_federation, load_site
+from fedoap.config import (
+    FederationConfig,
+    Frozen,
+    Plan,
+    SiteConfig,
+    SiteData,
+    StrategyConfig,
+    load_federation,
+    load_site,
+)
 from fedoap.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +86,24 @@ def test_a_plan_survives_its_bytes_and_any_change_shows_in_its_digest() -> None:
         ("[training]\nlearning_rate = nan", "training.learning_rate is nan, but input should be a finite number"),
         ('[network]\nattention = "most"', "network.attention is 'most', but input should be 'off', 'projection'"),
         ("[network]\nheads = 3", "network: heads is 3, but must divide the bottleneck's 256 channels"),
+        (
+            '[strategy]\nrule = "median"',
+            "rounds.quorum is 2, but strategy.rule = median needs 3, or one bad update has",
+        ),
+        ('[strategy]\nrule = "trimmed_mean"\ntrim_fraction = 0.2', "strategy.rule = trimmed_mean needs 5, or one"),
+        (
+            '[strategy]\nrule = "trimmed_mean"\ntrim_fraction = 0.5',
+            "strategy.trim_fraction is 0.5, but input should be",
+        ),
+        (
+            '[strategy]\nrule = "median"\nweighting = "cases"',
+            "strategy: weighting is cases, but rule median counts all",
+        ),
+        ("[strategy]\nmax_norm_ratio = 3", "strategy.max_norm_ratio needs 3 sites: of 2, none stands out"),
+        (
+            "[strategy]\nmax_norm_ratio = 0.9",
+            "strategy.max_norm_ratio is 0.9, but input should be greater than or equal",
+        ),
         ("[data]\nsize = [128]", "data.size is (128,), but network.dimensions is 2"),
         ("[data]\nsize = [100, 128]", "each number must be a multiple of 2**network.depth = 16"),
         ('[coordinator]\nbind = "0.0.0.0:7470"', "coordinator.bind is '0.0.0.0:7470', but "),
@@ -121,6 +148,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         load_site(tmp_path)
+
+
+def test_a_rule_works_from_the_fewest_updates_that_it_names() -> None:
+    """Planted bug: the fewest rounded down."""
+    fractions = (0.05, 0.1, 0.2, 0.25, 0.3, 0.34, 0.4, 0.49)
+    strategies = [StrategyConfig(rule="trimmed_mean", trim_fraction=fraction) for fraction in fractions]
+
+    assert [one.trimmed(one.fewest) for one in strategies] == [1] * len(fractions)
+    assert [one.trimmed(one.fewest - 1) for one in strategies] == [0] * len(fractions)
 
 
 def test_a_site_finds_its_images_beside_its_datalist(tmp_path: Path) -> None:

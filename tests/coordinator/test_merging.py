@@ -5,12 +5,13 @@ import select
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedoap.config import FederationConfig, Plan
+from fedoap.config import FederationConfig, Plan, StrategyConfig
 from fedoap.protocol.events import (
     Aggregate,
     Aggregated,
@@ -43,6 +44,10 @@ def merging(state: Path, store: Store, config: FederationConfig) -> Iterator[Mer
 
 def rounded(config: FederationConfig) -> Plan:
     return config.plan.model_copy(update={"wire": config.wire.model_copy(update={"dtype": "bfloat16"})})
+
+
+def guarded(config: FederationConfig, **settings: str | float) -> Plan:
+    return config.plan.model_copy(update={"strategy": StrategyConfig.model_validate(settings)})
 
 
 def stored(store: Store, make: Maker, site: str, value: float, dtype: Dtype = "float32") -> Update:
@@ -156,6 +161,47 @@ def test_updates_that_do_not_fit_fail_with_the_reason(state: Path, store: Store,
     assert "site hospital_a: names or shapes of its update are not those of the model" in end.reason
     assert end.site == "hospital_a"
     assert list((state / "merge").iterdir()) == []
+
+
+@pytest.mark.parametrize("rule", ["mean", "trimmed_mean", "median"])
+def test_a_site_that_sends_harm_moves_the_mean_alone(
+    state: Path, store: Store, make: Maker, config: FederationConfig, rule: str
+) -> None:
+    """Three sites lie between 1 and 3, the fourth at -100. Planted bug: the process goes by the default strategy."""
+    base = stored(store, make, "hospital_0", 1.0).manifest.blob
+    values = {"hospital_a": 1.0, "hospital_b": 2.0, "hospital_c": 3.0, "hospital_d": -100.0}
+    updates = tuple(stored(store, make, site, one) for site, one in values.items())
+
+    with closing(Merging(state, store, guarded(config, rule=rule))) as merging:
+        merging.start(task(make, updates, make.task("train", 1, base)))
+        end = outcome(merging)
+
+    assert isinstance(end, Aggregated)
+    assert value(store, end.result) == (-23.5 if rule == "mean" else 1.5)
+
+
+def test_a_site_beyond_the_norm_bound_is_named_with_figures_and_the_others_merge_without_it(
+    state: Path, store: Store, make: Maker, config: FederationConfig
+) -> None:
+    """Planted bug: the bound is not looked at."""
+    base = stored(store, make, "hospital_0", 1.0).manifest.blob
+    values = {"hospital_a": 2.0, "hospital_b": -99.0, "hospital_c": 3.0}
+    updates = tuple(stored(store, make, site, one) for site, one in values.items())
+
+    with closing(Merging(state, store, guarded(config, max_norm_ratio=3.0))) as merging:
+        merging.start(task(make, updates, make.task("train", 1, base)))
+        refused = outcome(merging)
+        merging.start(task(make, (updates[0], updates[2]), make.task("train", 1, base)))
+        end = outcome(merging)
+
+    assert refused == AggregateFailed(
+        b"t" * 32,
+        "site hospital_b: its update lies 3162 from the model, but at most 189.7 counts: "
+        "strategy.max_norm_ratio = 3 times 63.25, the median of 3 sites",
+        "hospital_b",
+    )
+    assert isinstance(end, Aggregated)
+    assert value(store, end.result) == 2.5
 
 
 def test_a_killed_process_is_a_failed_aggregation(state: Path, store: Store, make: Maker, merging: Merging) -> None:
