@@ -87,6 +87,9 @@ def rule(kind: TaskKind, plan: Plan) -> str:
 
     >>> rule("train", Plan(federation="demo"))
     'mean, weighting uniform, server_learning_rate 1.0'
+    >>> from fedoap.config import StrategyConfig
+    >>> rule("train", Plan(federation="demo", strategy=StrategyConfig(rule="median", max_norm_ratio=3)))
+    'median, weighting uniform, server_learning_rate 1.0, max_norm_ratio 3.0'
     """
     match kind:
         case "init":
@@ -97,8 +100,10 @@ def rule(kind: TaskKind, plan: Plan) -> str:
             return "metrics only"
         case "train":
             strategy = plan.strategy
+            trim = f", trim_fraction {strategy.trim_fraction}" if strategy.rule == "trimmed_mean" else ""
+            bound = f", max_norm_ratio {strategy.max_norm_ratio}" if strategy.max_norm_ratio is not None else ""
             rate = strategy.server_learning_rate
-            return f"mean, weighting {strategy.weighting}, server_learning_rate {rate}"
+            return f"{strategy.rule}{trim}, weighting {strategy.weighting}, server_learning_rate {rate}{bound}"
 
 
 def _weighed(uploads: Iterable[Committed], kind: TaskKind | None, plan: Plan) -> tuple[Weighed, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fedoap.config import StrategyConfig
 from fedoap.identity import Member, curve_keys, signing_keys
 from fedoap.tensors import Dtype
 from fedoap_coordinator.cli import cli
@@ -98,6 +99,14 @@ def test_a_sound_run_is_verified_to_the_last_bit(tmp_path: Path, dtype: Dtype) -
         ("round 3 calibrate, attempt 1", "verified"),
         ("round 4 train, attempt 1", "open"),
     ]
+    assert faults(tmp_path) == []
+
+
+def test_a_run_by_the_median_under_a_norm_bound_is_verified_too(tmp_path: Path) -> None:
+    """Planted bug: results are made anew by the default strategy."""
+    strategy = StrategyConfig(rule="median", max_norm_ratio=100.0)
+    run_federation(config_of(tmp_path).model_copy(update={"strategy": strategy}))
+
     assert faults(tmp_path) == []
 
 
