@@ -13,12 +13,11 @@ import pytest
 from fedoap.errors import FedoapError
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, Stored, StoreFailed, WritePart
 from fedoap.tensors import BlobManifest, TaskManifest
-from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.folder import LEDGER
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.store import Made, Store
 from power import Recorder, cuts, lay_out
-from tests.coordinator.conftest import Maker
+from tests.coordinator.conftest import Maker, open_store
 
 SITES = ("hospital_a", "hospital_b")
 SIZE = 1000
@@ -49,7 +48,7 @@ def test_no_power_cut_loses_what_was_acknowledged(fast_folder: Path) -> None:
     [
         ("fdatasync", "bytes of an acknowledged blob"),
         ("fsync", "manifest"),
-        ("fsync folder", "blob is missing, but the ledger needs it"),
+        ("fsync folder", "blob is missing, but the ledger keeps it"),
     ],
 )
 def test_a_store_that_leaves_out_a_sync_is_caught(fast_folder: Path, left_out: str, found: str) -> None:
@@ -72,7 +71,7 @@ def test_a_store_that_writes_the_row_before_the_blob_is_caught(
         patch.setattr(Store, "_finish", finish)
         recorder = record(fast_folder, frozenset())
 
-    with pytest.raises(FedoapError, match="blob is missing, but the ledger needs it"):
+    with pytest.raises(FedoapError, match="blob is missing, but the ledger keeps it"):
         replay_all(recorder, fast_folder)
 
 
@@ -83,7 +82,7 @@ def record(folder: Path, ignored: frozenset[str]) -> Recorder:
     with Ledger(state / LEDGER, "demo") as ledger:
         recorder = Recorder(state, LEDGER, ignored)
         with recorder.recording():
-            store = Store(ledger, Blobs(state, 0), lambda: 1.0)
+            store = open_store(ledger, state)
             model = None
             for number, kind in enumerate(("init", "train")):
                 manifest = TaskManifest("demo", b"p" * 32, kind, number, 1, SITES, 600, model)  # type: ignore[arg-type]
@@ -140,7 +139,7 @@ def replay_all(recorder: Recorder, folder: Path) -> int:
 def check(place: Path, said: tuple[bytes, ...]) -> None:
     """Open what is left: nothing acknowledged is gone or damaged, and an exchange can be done on it."""
     with Ledger(place / LEDGER, "demo") as ledger:
-        store = Store(ledger, Blobs(place, 0), lambda: 1.0)
+        store = open_store(ledger, place)
         history = store.history()
         recorded = {row.upload for task in ledger.tasks() for row in ledger.updates(task.task)}
         kept = [update.manifest.blob for update in history.open.updates] if history.open else []
