@@ -158,6 +158,20 @@ def verify(context: click.Context, config_path: Path | None, as_json: bool) -> N
         sys.exit(1)
 
 
+@cli.command()
+@config_option
+@click.option("--site", help="Only this site.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, the form that programs read.")
+@click.pass_context
+def audit(context: click.Context, config_path: Path | None, site: str | None, as_json: bool) -> None:
+    """List every blob that entered from a site, was refused, or left for it."""
+    from fedoap_coordinator.audit import audit as blobs_by_site
+    from fedoap_coordinator.audit import audit_lines
+
+    found = blobs_by_site(_load(context, config_path), site)
+    click.echo(json.dumps(found, indent=1) if as_json else "\n".join(audit_lines(found)))
+
+
 def main() -> None:
     """Run the command line; what a user can set right is one line and exit code 2, 1 if waiting may help."""
     try:

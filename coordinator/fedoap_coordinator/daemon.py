@@ -31,6 +31,7 @@ from fedoap.protocol.events import (
     Tick,
 )
 from fedoap_coordinator.console import Console, View
+from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
 from fedoap_coordinator.journal import Journal
 from fedoap_coordinator.ledger import Ledger
@@ -64,6 +65,7 @@ class Daemon:
     enrolment: Enrolment
     console: Console
     journal: Journal
+    downloads: Downloads
     state: Path
     stopping: bool = False
     _moved: Counter[str] = field(default_factory=Counter)
@@ -80,6 +82,7 @@ class Daemon:
             self._wait(wait)
             for arrived in self.port.receive():
                 self._take(arrived)
+            self.downloads.write_new()
             sending = self.port.pump()
             merged = self.merging.poll()
             if merged:
@@ -87,6 +90,7 @@ class Daemon:
             self._tick()
             wait = {"more": 0, "blocked": BUSY_MILLISECONDS, "idle": int(TICK_SECONDS * 1000)}[sending]
         self._handle(Stopping())
+        self.downloads.write()
 
     def note(self, note: Note) -> None:
         """Log a note and show it."""
@@ -144,6 +148,7 @@ class Daemon:
         if now < self._next_status:
             return
         self._next_status = now + STATUS_SECONDS
+        self.downloads.write()
         draft = self.state / f".{STATUS}"
         draft.write_text(json.dumps({"time": time.time(), "status": asdict(status)}))
         draft.replace(self.state / STATUS)
@@ -187,6 +192,7 @@ class Daemon:
         for effect in effects:
             if isinstance(effect, SendBlob):
                 self._moved[site] += effect.upto - effect.at
+                self.downloads.note(site, effect.blob, effect.upto - effect.at)
             follow_up = self._carry_out(effect)
             if follow_up:
                 follow_ups.append(follow_up)

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from fedoap.chain import Link
 from fedoap.errors import StorageError
-from fedoap_coordinator.ledger import BUSY_SECONDS, check_version
+from fedoap_coordinator.ledger import BUSY_SECONDS, Download, check_version
 
 T = TypeVar("T")
 Cell: TypeAlias = str | bytes | int | float | None
@@ -73,6 +73,7 @@ class Evidence:
     links: tuple[Link, ...]
     site_keys: tuple[tuple[str, bytes], ...]
     """Each key that a site ever signed with."""
+    downloads: tuple[Download, ...]
 
     def updates_of(self, task: bytes) -> tuple[UpdateEvidence, ...]:
         """Return the uploads of a task."""
@@ -138,6 +139,7 @@ def _evidence(db: sqlite3.Connection) -> Evidence:
     published = db.execute("select blob, manifest, exact, kept from published order by made")
     links = db.execute("select number, packed, signature from records order by number")
     keys = db.execute("select site, signing_key from site_keys")
+    downloads = db.execute("select site, blob, first, last, bytes from downloads order by first, rowid")
     damage = db.execute("pragma integrity_check")
     return Evidence(
         damage=tuple(_text(line) for (line,) in damage if line != "ok"),
@@ -151,13 +153,17 @@ def _evidence(db: sqlite3.Connection) -> Evidence:
         ),
         links=tuple(Link(number, _bytes(packed), _bytes(signature)) for number, packed, signature in links),
         site_keys=tuple((_text(site), _bytes(key)) for site, key in keys),
+        downloads=tuple(
+            Download(_text(site), _bytes(blob), _number(first), _number(last), _whole(size))
+            for site, blob, first, last, size in downloads
+        ),
     )
 
 
 def _task(row: tuple[Cell, ...]) -> TaskEvidence:
     number, task, packed, signature, opened, closed, outcome, reason, result = row
     return TaskEvidence(
-        number=int(_number(number)),
+        number=_whole(number),
         task=_bytes(task),
         packed=_bytes(packed),
         signature=_bytes(signature),
@@ -189,6 +195,10 @@ def _bytes(value: Cell) -> bytes:
 
 def _text(value: Cell) -> str:
     return "" if value is None else str(value)
+
+
+def _whole(value: Cell) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _number(value: Cell) -> float:

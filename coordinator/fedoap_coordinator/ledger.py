@@ -7,7 +7,7 @@ command line open the same file at the same time; `version` tells the one of the
 """
 
 import sqlite3
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,9 @@ create table if not exists updates(
   counted integer not null default 0, kept integer not null default 1, unique(task, site));
 create table if not exists published(
   blob blob primary key, manifest blob not null, exact blob, made real not null, kept integer not null default 1);
+create table if not exists downloads(
+  site text not null, blob blob not null, first real not null, last real not null, bytes integer not null,
+  primary key(site, blob));
 create table if not exists records(number integer primary key, packed blob not null, signature blob not null);
 """
 BUSY_SECONDS = 10.0
@@ -86,6 +89,17 @@ class TaskRow:
     reason: str
     result: bytes | None
     """Name of the published blob, if the exchange made one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """Bytes of a published blob that left for a site between two moments (Unix seconds)."""
+
+    site: str
+    blob: bytes
+    first: float
+    last: float
+    bytes: int
 
 
 class Ledger:
@@ -197,6 +211,14 @@ class Ledger:
                 self._run("update updates set counted=1 where upload=?", upload)
             record, signature = sign(self._closing(closed.task), *self._next_record())
             self._run("insert into records values(?,?,?)", record.number, record.pack(), signature)
+
+    def add_downloads(self, downloads: Iterable[Download]) -> None:
+        """Add to what left for sites."""
+        again = "on conflict(site, blob) do update set last=excluded.last, bytes=bytes+excluded.bytes"
+        with self._transaction():
+            for one in downloads:
+                row = (one.site, one.blob, one.first, one.last, one.bytes)
+                self._run(f"insert into downloads values(?,?,?,?,?) {again}", *row)
 
     def keep_only(self, uploads: Set[bytes], published: Set[bytes]) -> None:
         """Record that no other upload's or result's tensors are wanted on disk any more."""

@@ -23,6 +23,7 @@ from fedoap.protocol.events import Note
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.console import open_console
 from fedoap_coordinator.daemon import Daemon
+from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
 from fedoap_coordinator.folder import Keys, open_ledger, prepare, read_endpoint, sole_owner, write_endpoint
 from fedoap_coordinator.journal import Journal
@@ -121,7 +122,8 @@ def _daemon(
         console = open_console(terminal, time.monotonic)
         stack.callback(console.close)
         enrolment = Enrolment(config, ledger, keys)
-        daemon = Daemon(machine, port, zap, ledger, store, merging, enrolment, console, journal, state)
+        downloads = Downloads(ledger, time.time)
+        daemon = Daemon(machine, port, zap, ledger, store, merging, enrolment, console, journal, downloads, state)
         daemon.note(Note("ready", {"endpoint": endpoint}))
         yield daemon
 

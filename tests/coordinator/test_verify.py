@@ -183,7 +183,7 @@ def test_a_flipped_bit_in_the_ledgers_file_is_found(copy: Path) -> None:
 
 @pytest.mark.parametrize("table", ["tasks", "updates", "published", "records", "site_keys"])
 def test_any_row_that_was_taken_out_is_missed(copy: Path, table: str) -> None:
-    """Planted bugs: uploads that did not count left out of the record; no look at records without an exchange."""
+    """Planted bug: uploads that did not count left out of the record."""
     ledger = copy / "fed.sqlite"
     whole = ledger.read_bytes()
     rows = sqlite3.connect(ledger).execute(f"select rowid from {table} {GONE_UNSEEN.get(table, '')}").fetchall()  # noqa: S608
@@ -195,6 +195,16 @@ def test_any_row_that_was_taken_out_is_missed(copy: Path, table: str) -> None:
         assert faults(copy), rowid
 
         ledger.write_bytes(whole)
+
+
+def test_an_exchange_taken_out_with_all_its_rows_is_missed_by_its_record(copy: Path) -> None:
+    """Planted bug: no look at records without an exchange."""
+    with sqlite3.connect(copy / "fed.sqlite") as db:
+        db.execute("delete from updates where task in (select task from tasks where number >= 7)")
+        db.execute("delete from tasks where number >= 7")
+    db.close()
+
+    assert faults(copy) == ["fed.sqlite: the exchange of record 7 is missing in tasks"]
 
 
 def test_a_result_that_the_uploads_do_not_make_is_found_although_all_is_signed(

@@ -1,0 +1,48 @@
+"""The chain of rounds, the audit and a restored backup, with real daemons."""
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.end_to_end.conftest import Federation
+
+pytestmark = pytest.mark.slow
+KEEP_ALL = "\n[retention]\nupload_rounds = 99\nresults = 99\n"
+
+
+def findings(federation: "Federation") -> list[str]:
+    return [line.partition(": ")[2] for line in federation.command("verify").splitlines()[1:-1]]
+
+
+def test_a_run_restored_from_a_backup_is_verified_and_audited_to_its_end(
+    federate: "Callable[..., Federation]",
+) -> None:
+    federation = federate(attention="joint")
+    with federation.config.open("a") as text:
+        text.write(KEEP_ALL)
+    held = federation.hold("hospital_a", "train", 2)
+    federation.start_all()
+    federation.wait_for("hospital_a", "work_started", kind="train", round=2)
+    assert findings(federation) == ["verified", "verified", "verified", "open"]  # while the daemon runs
+
+    assert federation.stop("coordinator") == 0
+    state, backup = federation.root / "state", federation.root / "backup"
+    shutil.copytree(state, backup)
+    shutil.rmtree(state)
+    shutil.copytree(backup, state)
+    federation.start_coordinator("--exit-when-finished")
+    held.unlink()
+    federation.finish()
+
+    assert findings(federation) == ["verified"] * 6
+    found = json.loads(federation.command("audit", "--json"))
+    for site in federation.sites:
+        kinds = [one["kind"] for one in found[site]["entered"] if one["counted"]]
+        assert kinds[-5:] == ["train", "seed", "train", "bank", "calibrate"]
+        left = {one["what"]: (one["sent"], one["bytes"]) for one in found[site]["left"]}
+        assert {"result of seed round 2", "result of train round 2", "result of bank round 3"} <= left.keys()
+        assert all(sent >= size > 0 for sent, size in left.values())
