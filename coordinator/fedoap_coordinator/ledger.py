@@ -111,8 +111,8 @@ class Ledger:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_SECONDS)
             self._db.execute("pragma journal_mode=wal")
             self._db.execute("pragma synchronous=full")
-            check_version(self._db, path)
-            self._db.executescript(f"begin immediate;{SCHEMA}pragma user_version={SCHEMA_VERSION};commit;")
+            if check_version(self._db, path) == 0:
+                self._db.executescript(f"begin immediate;{SCHEMA}pragma user_version={SCHEMA_VERSION};commit;")
         except sqlite3.Error as error:
             raise StorageError(f"{path}: ledger cannot be opened: {error}") from None
         self.claim("federation", federation.encode())
@@ -301,11 +301,14 @@ class Ledger:
         try:
             return self._db.execute(sql, values)
         except sqlite3.Error as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                what = "make room, then start the coordinator again; nothing that it acknowledged is lost"
+                raise StorageError(f"{self.path}: the disk is full: {what}") from None
             raise StorageError(f"{self.path}: ledger refused: {error}") from None
 
 
-def check_version(db: sqlite3.Connection, path: Path) -> None:
-    """Return if the file is empty or a ledger of this version.
+def check_version(db: sqlite3.Connection, path: Path) -> int:
+    """Return the version of a ledger that this software reads, 0 if it is still empty.
 
     Raises:
         StorageError: it is one of another version.
@@ -317,3 +320,4 @@ def check_version(db: sqlite3.Connection, path: Path) -> None:
             f"{path}: ledger has version {version}, but this software reads version {SCHEMA_VERSION}: "
             "go on with the software that made it, or name another coordinator.state for a new run"
         )
+    return int(version)

@@ -31,6 +31,7 @@ from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
 from fedoap_coordinator.notary import Notary
 from fedoap_coordinator.port import Port, raise_descriptor_limit
+from fedoap_coordinator.reserve import Reserve
 from fedoap_coordinator.store import Store
 from fedoap_coordinator.zap import Doors, Zap
 
@@ -49,12 +50,16 @@ def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: boo
     keys = prepare(state)
     with sole_owner(state), open_ledger(config) as ledger, Journal(state / "log.jsonl", time.time) as journal:
         check_plan(ledger, config)
+        reserve = Reserve(state)
+        reserve.make()
         try:
             with _daemon(config, keys, ledger, journal, terminal) as daemon, _until_signalled(daemon):
                 daemon.serve(exit_when_finished=exit_when_finished)
         except StorageError as error:
+            reserve.give_up()
             raise _noted(journal, DiskError(str(error))) from error
         except OSError as error:
+            reserve.give_up()
             raise _noted(
                 journal, DiskError(f"{error.filename or state}: the system refused: {error.strerror}")
             ) from error
