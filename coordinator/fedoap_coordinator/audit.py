@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final, TypedDict
 
 from fedoap.config import FederationConfig
-from fedoap.errors import ConfigError
+from fedoap.errors import ConfigError, TensorsError
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
-from fedoap_coordinator.evidence import Evidence, read_evidence
+from fedoap_coordinator.evidence import DamagedError, Evidence, read_evidence
 from fedoap_coordinator.folder import LEDGER
 
 LOG = "log.jsonl"
@@ -83,7 +83,7 @@ def audit(config: FederationConfig, only: str | None = None) -> dict[str, SiteAu
     Raises:
         ConfigError: the one is no site of this federation and never was.
         StorageError: there is no ledger of this version.
-        TensorsError: a row of the ledger is damaged; `verify` says which.
+        DamagedError: rows of the ledger make no sense.
     """
     state = config.coordinator.state
     evidence = read_evidence(state / LEDGER)
@@ -92,15 +92,18 @@ def audit(config: FederationConfig, only: str | None = None) -> dict[str, SiteAu
     if only is not None and only not in names:
         raise ConfigError(f"{only}: is no site of federation {config.federation}; these are: {', '.join(names)}")
     refused = _refused(state / LOG)
-    return {
-        site: {
-            "entered": sorted(_entered(evidence, site), key=lambda one: one["time"]),
-            "refused": refused.get(site, []),
-            "left": list(_left(evidence, site)),
+    try:
+        return {
+            site: {
+                "entered": sorted(_entered(evidence, site), key=lambda one: one["time"]),
+                "refused": refused.get(site, []),
+                "left": list(_left(evidence, site)),
+            }
+            for site in names
+            if only in (None, site)
         }
-        for site in names
-        if only in (None, site)
-    }
+    except (TensorsError, LookupError, ValueError, OverflowError, OSError):  # the last three: no time of any calendar
+        raise DamagedError(f"{state / LEDGER}: is damaged; fedoap-coordinator verify says where") from None
 
 
 def audit_lines(found: dict[str, SiteAudit]) -> Iterator[str]:

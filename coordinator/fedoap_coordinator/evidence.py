@@ -14,10 +14,14 @@ from typing import Literal, TypeAlias, TypeVar
 
 from fedoap.chain import Link
 from fedoap.errors import StorageError
-from fedoap_coordinator.ledger import BUSY_SECONDS, Download, check_version
+from fedoap_coordinator.ledger import BUSY_SECONDS, SCHEMA, SCHEMA_VERSION, Download, check_version
 
 T = TypeVar("T")
 Cell: TypeAlias = str | bytes | int | float | None
+
+
+class DamagedError(StorageError):
+    """A ledger that SQLite cannot read, or rows of it that make no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,8 @@ def read_rows(path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
     """Return what a function finds in a ledger that it cannot write.
 
     Raises:
-        StorageError: there is none, it is one of another version, or it cannot be read.
+        StorageError: there is none, or it is one of another version.
+        DamagedError: SQLite cannot read it.
     """
     if not path.is_file():
         raise StorageError(f"{path}: no such ledger; name the configuration whose coordinator.state holds it")
@@ -95,15 +100,16 @@ def read_rows(path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
             if not _is_in_use(path):
                 return found
         return _look(path, "mode=ro", look)
-    except sqlite3.Error as error:
-        raise StorageError(f"{path}: ledger cannot be read: {error}") from None
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a message that quotes what is damaged
+        raise DamagedError(f"{path}: ledger cannot be read: {error}") from None
 
 
 def read_evidence(path: Path) -> Evidence:
     """Return what the ledger says at this moment.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: there is none, or it is one of another version.
+        DamagedError: SQLite cannot read it.
     """
     return read_rows(path, _evidence)
 
@@ -140,9 +146,10 @@ def _evidence(db: sqlite3.Connection) -> Evidence:
     links = db.execute("select number, packed, signature from records order by number")
     keys = db.execute("select site, signing_key from site_keys")
     downloads = db.execute("select site, blob, first, last, bytes from downloads order by first, rowid")
-    damage = db.execute("pragma integrity_check")
+    damage = [_text(line) for (line,) in db.execute("pragma integrity_check") if line != "ok"]
+    damage += [f"{name}: is not made as in version {SCHEMA_VERSION}" for name in _made_otherwise(db)]
     return Evidence(
-        damage=tuple(_text(line) for (line,) in damage if line != "ok"),
+        damage=tuple(damage),
         federation=facts.get("federation", b""),
         plan=facts.get("plan", b""),
         tasks=tuple(_task(row) for row in tasks),
@@ -158,6 +165,14 @@ def _evidence(db: sqlite3.Connection) -> Evidence:
             for site, blob, first, last, size in downloads
         ),
     )
+
+
+def _made_otherwise(db: sqlite3.Connection) -> list[str]:
+    """Return the tables and triggers that are not those of a new ledger."""
+    query = "select name, sql from sqlite_schema where sql is not null"
+    with closing(sqlite3.connect(":memory:")) as new:
+        new.executescript(SCHEMA)
+        return sorted({_text(name) for name, _ in {*db.execute(query)} ^ {*new.execute(query)}})
 
 
 def _task(row: tuple[Cell, ...]) -> TaskEvidence:

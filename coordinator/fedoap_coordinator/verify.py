@@ -21,6 +21,7 @@ from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.blobcheck import Gone, check_blob, check_upload, first_difference, remake, said
 from fedoap_coordinator.blobs import blob_files, exact_files
 from fedoap_coordinator.evidence import (
+    DamagedError,
     Evidence,
     PublishedEvidence,
     TaskEvidence,
@@ -68,7 +69,11 @@ def verify(state: Path, federation: str, key: bytes) -> Iterator[Verdict]:
     Raises:
         StorageError: there is no ledger of this version.
     """
-    evidence = read_evidence(state / LEDGER)
+    try:
+        evidence = read_evidence(state / LEDGER)
+    except DamagedError as error:
+        yield Verdict("ledger", "BROKEN", (str(error),))
+        return
     chain = tuple(check_chain(evidence.links, federation, key))
     pairs, stray = _pair(evidence.tasks, chain)
     desk = _Desk(state, key, evidence)

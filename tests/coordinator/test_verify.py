@@ -6,14 +6,17 @@ import shutil
 import sqlite3
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from fedoap.config import StrategyConfig
+from fedoap.errors import StorageError
 from fedoap.identity import Member, curve_keys, signing_keys
 from fedoap.tensors import Dtype
+from fedoap_coordinator.audit import audit
 from fedoap_coordinator.cli import cli
 from fedoap_coordinator.folder import open_ledger, prepare
 from fedoap_coordinator.ledger import Value
@@ -179,6 +182,32 @@ def test_a_flipped_bit_in_the_ledgers_file_is_found(copy: Path) -> None:
         assert "fed.sqlite: " in str(faults(copy)) or "record " in str(faults(copy))
 
         flip_in_file(copy / "fed.sqlite", 8 * at + 13)
+
+
+def test_no_flipped_bit_of_the_ledgers_file_ends_in_a_traceback(copy: Path) -> None:
+    """Planted bug: only `sqlite3.Error` caught; a message of SQLite that quotes what is damaged is no UTF-8."""
+    path, rng = copy / "fed.sqlite", random.Random(1)
+    whole = path.read_bytes()
+    places = [whole.index(b"CREATE TABLE members") + 13, *(rng.randrange(len(whole)) for _ in range(100))]
+    found = 0
+    for at in places:
+        flip_in_file(path, 8 * at + 7)
+        with suppress(StorageError):
+            found += bool(faults(copy))
+        with suppress(StorageError):
+            audit(config_of(copy))
+        path.write_bytes(whole)
+
+    assert found > 10
+
+
+def test_a_trigger_or_table_that_was_altered_is_found(copy: Path) -> None:
+    """Planted bug: no look at the schema. A ledger without the trigger forgets with which keys sites have signed."""
+    with sqlite3.connect(copy / "fed.sqlite") as db:
+        db.execute("drop trigger key_of_new_member")
+    db.close()
+
+    assert faults(copy) == ["fed.sqlite: key_of_new_member: is not made as in version 2"]
 
 
 @pytest.mark.parametrize("table", ["tasks", "updates", "published", "records", "site_keys"])
