@@ -337,6 +337,9 @@ class WorkerConfig(Frozen):
     """CPU threads for PyTorch; 0 lets PyTorch choose."""
     command: tuple[str, ...] | None = None
     """Another program to run jobs with; it gets the job file's path as last argument."""
+    keep_warm: bool | None = None
+    """Let the next worker wait with its imports done. Where not given, fedoap's own on one GPU does; a command that is
+    to wait gets `-` as last argument, and the path as a line of standard input."""
 
 
 class SiteNetwork(Frozen):

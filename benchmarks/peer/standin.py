@@ -1,6 +1,6 @@
 """A worker that does not train: it returns the model that it got plus a small constant, which its site's number fixes.
 
-    python standin.py JOB.json
+    python standin.py JOB.json | -        with `-` it waits for the path as a line of standard input
 
 `init` leaves the blob that $STANDIN_FIRST names; its manifest lies beside it under the same name and `.manifest`.
 It imports little and holds one tensor at a time, so that a benchmark measures the daemons.
@@ -82,4 +82,6 @@ def work(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    work(json.loads(Path(sys.argv[1]).read_bytes()))
+    path = sys.stdin.readline().rstrip("\n") if sys.argv[1] == "-" else sys.argv[1]
+    if path:
+        work(json.loads(Path(path).read_bytes()))

@@ -161,6 +161,7 @@ class Node:
             case OpenPart() | WritePart() | FinishPart() | DropPart():
                 return self._store(effect)
             case StartWork(task, manifest):
+                self._work.rest(over=False)
                 return self._work.start(task, manifest)
             case StopWork():
                 self._work.stop()
@@ -201,6 +202,7 @@ class Node:
         if self._left is None or self._left != leave:
             self._journal.note(leave.code, f"the federation has {leave.code}: {leave.reason}", reason=leave.reason)
         self._left = leave
+        self._work.rest(over=True)
 
     def _flush(self) -> None:
         """Send what is due, as far as the connection takes it."""

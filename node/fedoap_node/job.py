@@ -1,10 +1,11 @@
 """The contract between the node daemon and its training process: files in, lines out, files back.
 
-The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`. The worker
-prints one JSON object a line on standard output (`JobProgress`), everything else on standard error,
-and leaves in `job.output`: `result.json` (`JobResult`, written last, atomically), `update.blob` and
-`update.manifest` (the tensors to upload, perhaps none), and, where the job changed them, the new
-personal state as safetensors files under `personal/`. It never touches `job.personal`. Exit code 0
+The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`, or gives the path to
+a worker that waits for it (`fedoap_node.spare`). The worker prints one JSON object a line on standard
+output (`JobProgress`), everything else on standard error, and leaves in `job.output`: `result.json`
+(`JobResult`, written last, atomically), `update.blob` and `update.manifest` (the tensors to upload,
+perhaps none), and, where the job changed them, the new personal state as safetensors files under
+`personal/`. It never touches `job.personal`. Exit code 0
 means that `result.json` is there; 2 means that the last line of standard error says what to set right.
 Where something else may write there after the worker, as `torch.distributed.run` does, it leaves the
 same line as `error.txt` beside the job's file.

@@ -100,6 +100,7 @@ def site_toml(data: Path | None, modality: Modality, proxy: str | None = None) -
 # device = "auto"  # auto, cpu, cuda or cuda:N
 # gpus = 1  # GPUs to train on together
 # threads = 0  # CPU threads; 0 lets PyTorch choose
+# keep_warm = false  # let no worker wait, its imports done, for the next task; saves memory, costs seconds a task
 
 [network]
 {way}  # the node dials out through it: http:// (CONNECT) or socks5://, USER:PASSWORD@ before the host

@@ -39,28 +39,31 @@ def worker_command(worker: WorkerConfig, job: Path) -> list[str]:
 
 
 class Trainer:
-    """One worker that runs.
+    """One worker that runs, or waits for its job.
 
     Args:
         command: what to run.
-        output: folder in which the worker may leave `error.txt`.
+        output: folder in which the worker may leave `error.txt`; None where it waits until `begin`.
         log: file that its standard error is appended to.
 
     Raises:
         StorageError: it cannot be started.
     """
 
-    def __init__(self, command: list[str], output: Path, log: Path) -> None:
+    def __init__(self, command: list[str], output: Path | None, log: Path) -> None:
         rotate(log)
-        self._error = output / ERROR
-        self._log = log
+        self._output, self._log = output, log
         self._log_start = log.stat().st_size if log.exists() else 0
         self._pending = b""
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
         try:
             with log.open("ab") as errors:
                 self._process = subprocess.Popen(
-                    leashed, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                    leashed,
+                    stdin=subprocess.PIPE if output is None else subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,
                 )
         except OSError as error:
             raise StorageError(f"worker: {command[0]} cannot be started: {error.strerror}") from None
@@ -69,6 +72,17 @@ class Trainer:
         os.set_blocking(self._stdout.fileno(), False)
         self._talks = True
         self._ended = os.pidfd_open(self._process.pid)
+
+    def begin(self, job: Path) -> bool:
+        """Give a worker that waits its job; return whether it was still there to take it."""
+        assert self._process.stdin is not None
+        self._output, self._log_start = job.parent, self._log.stat().st_size
+        try:
+            with self._process.stdin as line:
+                line.write(os.fsencode(job) + b"\n")
+        except BrokenPipeError:
+            return False
+        return self._process.poll() is None
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when the worker has said something or ended."""
@@ -91,7 +105,8 @@ class Trainer:
 
     def last_words(self) -> str:
         """Return the line that says why the worker failed: its `error.txt`, else its last on standard error."""
-        said = _tail(self._error, 0) if self._error.is_file() else ""
+        error = self._output / ERROR if self._output else None
+        said = _tail(error, 0) if error and error.is_file() else ""
         lines = (said or _tail(self._log, self._log_start)).split("\n")
         # the distributed launcher ends its report by a ruler
         return next((line.strip() for line in reversed(lines) if WORDS.search(line)), "it left no message")
@@ -117,6 +132,8 @@ class Trainer:
     def close(self) -> None:
         """Release the descriptors of a worker that has ended."""
         self._stdout.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         if self._ended >= 0:
             os.close(self._ended)
             self._ended = -1

@@ -14,8 +14,9 @@ from fedoap_node.files import remove
 from fedoap_node.job import Job
 from fedoap_node.journal import Journal
 from fedoap_node.results import JOB, Result
+from fedoap_node.spare import Spare
 from fedoap_node.state import SiteState
-from fedoap_node.trainer import GRACE_SECONDS, Trainer, worker_command
+from fedoap_node.trainer import GRACE_SECONDS, Trainer
 
 
 @dataclass(slots=True)
@@ -39,6 +40,7 @@ class Work:
         self._running: _Running | None = None
         self._ending: list[_Running] = []
         self._upload: tuple[bytes, int] | None = None
+        self._spare, self._is_over = Spare(config.worker, state.folder.worker_log), False
 
     def start(self, task: bytes, manifest: TaskManifest) -> SiteEvent | None:
         """Start a worker on the task, and return how it ended if that is known already.
@@ -68,7 +70,7 @@ class Work:
             self._running.wanted = False
 
     def settle(self) -> None:
-        """End a worker that nobody wants any more, and bury those that were asked to end."""
+        """End a worker that nobody wants any more, bury those that were asked to end, let the next one wait."""
         if self._running is not None and not self._running.wanted:
             self._running.trainer.ask_to_end()
             self._running.kill_at = time.monotonic() + GRACE_SECONDS
@@ -79,6 +81,14 @@ class Work:
                 running.trainer.kill()
                 remove(running.output)
                 self._ending.remove(running)
+        if self._running is None and not self._is_over:
+            self._spare.prepare()
+
+    def rest(self, *, over: bool) -> None:
+        """Let no worker wait while the federation is over."""
+        self._is_over = over
+        if over:
+            self._spare.close()
 
     def news(self) -> list[SiteEvent]:
         """Return what the worker has to say: how far it is, and how it ended."""
@@ -107,6 +117,7 @@ class Work:
 
     def close(self) -> None:
         """End every worker; returns when all are gone."""
+        self.rest(over=True)
         self.stop()
         self.settle()
         for running in self._ending:
@@ -137,8 +148,7 @@ class Work:
             path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
-        trainer = Trainer(worker_command(self._config.worker, path), output, self._state.folder.worker_log)
-        return _Running(task, manifest, output, trainer, time.monotonic())
+        return _Running(task, manifest, output, self._spare.take(path), time.monotonic())
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
         seconds = round(time.monotonic() - running.started, 3)

@@ -1,13 +1,16 @@
 """The training process of a node: `python -m fedoap_node.worker JOB.json` carries out one `Job`.
 
-Lines of progress go to standard output, everything else to standard error. `result.json` is written
-last and in one move, so a job that is ended at any moment (SIGTERM ends it at once) leaves none.
-Started by `torch.distributed.run`, the processes share each batch and the first one writes. PyTorch
-takes over a second to import, so it is imported when the job has been read.
+With `-` in the path's place it imports all it may need, then waits for the path as a line of standard
+input; without one it ends. Lines of progress go to standard output, everything else to standard error.
+`result.json` is written last and in one move, so a job that is ended at any moment (SIGTERM ends it at
+once) leaves none. Started by `torch.distributed.run`, the processes share each batch and the first one
+writes. PyTorch takes over a second to import, so it is imported when the job has been read, or before
+there is one.
 """
 
 # ruff: noqa: PLC0415
 
+import importlib
 import json
 import os
 import sys
@@ -27,6 +30,7 @@ from safetensors import SafetensorError
 from fedoap.errors import ConfigError, FedoapError, StorageError, TrainingError
 from fedoap.tensors import Dtype, write_blob
 from fedoap_node.job import ERROR, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobProgress, JobResult
+from fedoap_node.spare import ON_STANDARD_INPUT
 
 if TYPE_CHECKING:
     from torch import Tensor, device
@@ -39,6 +43,15 @@ if TYPE_CHECKING:
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 LINES_PER_SECOND = 3.0
+IMPORTS = (
+    "torch",
+    "safetensors.torch",
+    "fedoap.segmentation.banksums",
+    "fedoap.segmentation.calibration",
+    "fedoap.segmentation.modelfolder",
+    "fedoap.segmentation.training",
+)
+"""What takes seconds; none of it touches a GPU."""
 PATIENCE = timedelta(hours=12)
 """So long the other processes wait for the first one, which alone evaluates."""
 
@@ -68,9 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Carry out the job whose file is named and return the exit code: 2 where someone can set it right."""
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) != 1:
-        sys.stderr.write("usage: python -m fedoap_node.worker JOB.json\n")
+        sys.stderr.write("usage: python -m fedoap_node.worker JOB.json | -\n")
         return 2
-    job = Path(given[0])
+    job = _awaited() if given[0] == ON_STANDARD_INPUT else Path(given[0])
+    if job is None:
+        return 0
     try:
         with _line_stream() as lines:
             carry_out(_read(job), Reporter(lines))
@@ -231,6 +246,14 @@ def _device(job: Job) -> "device":
     mine = choose_device(f"cuda:{local}")
     torch.cuda.set_device(mine)
     return mine
+
+
+def _awaited() -> Path | None:
+    """Import what jobs need, then return the path of the one that comes, or nothing where none does."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    line = sys.stdin.readline()
+    return Path(line.removesuffix("\n")) if line else None
 
 
 def _read(path: Path) -> Job:
