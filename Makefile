@@ -31,6 +31,7 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -Im pytest benchmarks --benchmark-only
 	PYTHONPATH=. $(BIN)/python benchmarks/rounds.py
+	PYTHONPATH=. $(BIN)/python benchmarks/scale.py
 
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(SOAK)
