@@ -335,7 +335,7 @@ def check_average(root: Path, sites: int, floats: int) -> None:
     subprocess.run([*export, str(root / "fed.toml")], check=True, capture_output=True)
     record = ModelRecord.model_validate_json((root / "model/model.json").read_bytes())
     manifest = BlobManifest.unpack(record.shared.manifest.read_bytes())
-    found = read_blob(record.shared.blob, manifest)["weight"]
+    found = read_blob(record.shared.blob, manifest)["weight"].astype(np.float32)
     change = sum(site_change(number) for number in range(sites)) / sites
     error = float(np.abs(found - (first_weights(floats) + np.float32(change))).max())
     if error > 1e-5:
