@@ -103,6 +103,7 @@ def test_a_site_revoked_in_mid_round_leaves_with_one_line_and_the_others_finish(
 ) -> None:
     federation = federate(rounds=1, quorum=2)
     federation.hold("hospital_c", "train", 1)
+    the_end = federation.hold("hospital_a", "calibrate", 2)
     federation.start_all()
     federation.wait_for("hospital_c", "work_started", kind="train", round=1)
 
@@ -114,6 +115,7 @@ def test_a_site_revoked_in_mid_round_leaves_with_one_line_and_the_others_finish(
     assert federation.ended("hospital_c") == 2
     assert "its key is not enrolled" in federation.said("hospital_c").splitlines()[-1]
     federation.wait_for("coordinator", "refused", site="hospital_c", code="revoked")
+    the_end.unlink()
     federation.finish()
     assert np.array_equal(federation.weights()["decoder.weight"], FIRST + 0.75)
 
