@@ -18,6 +18,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedoap.tensors import BlobManifest, as_float32, write_blob
+
 SITES = 3
 STANDIN = Path(__file__).absolute().parent / "standin.py"
 CONFIG, FIRST, LOG, HOME, MODEL = map(Path, ("fed.toml", "first.blob", "state/log.jsonl", "home", "model"))
@@ -38,8 +43,6 @@ def main() -> None:
 
 def prepare(options: argparse.Namespace) -> None:
     """Write the configuration, the first weights, and an invitation for each site."""
-    from fedoap.tensors import write_blob
-
     payload = importlib.import_module("payload")
     names = [f"site{k}" for k in range(SITES)]
     endpoint = f"tcp://127.0.0.1:{options.port}"
@@ -82,14 +85,27 @@ def become_node(number: int) -> None:
     os.execv(sys.executable, [sys.executable, *daemon])  # noqa: S606 - the harness watches this very process
 
 
-def _largest_error(options: argparse.Namespace) -> float:
-    from fedoap.config import ModelRecord
-    from fedoap.tensors import BlobManifest, read_blob
+class Final:
+    """The arrays of the exported model, each read when its turn comes, so that the check holds one at a time."""
 
+    def __init__(self, blob: Path, manifest: BlobManifest) -> None:
+        self._blob, self._manifest = blob, manifest
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._manifest.tensors)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        """Yield them in the payload's order."""
+        with self._blob.open("rb") as blob:
+            for spec in self._manifest.tensors:
+                yield as_float32(blob.read(spec.size), spec.dtype).reshape(spec.shape)
+
+
+def _largest_error(options: argparse.Namespace) -> float:
     _run("fedoap_coordinator", "export", str(MODEL), "--config", str(CONFIG))
-    shared = ModelRecord.model_validate_json((MODEL / "model.json").read_bytes()).shared
-    tensors = read_blob(shared.blob, BlobManifest.unpack(shared.manifest.read_bytes()))
-    final = [tensors[name] for name in sorted(tensors)]
+    shared = json.loads((MODEL / "model.json").read_bytes())["shared"]
+    final = Final(Path(shared["blob"]), BlobManifest.unpack(Path(shared["manifest"]).read_bytes()))
     return float(importlib.import_module("payload").check(final, options.mb, options.rounds))
 
 

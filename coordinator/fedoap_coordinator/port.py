@@ -2,11 +2,13 @@
 
 Three frames a message: ZeroMQ's return address, header, body. Whoever a message is from is told by
 its own User-Id, never by its return address. Bytes of blobs leave under two limits, for each return
-address and for all together, counted until libzmq has encrypted them: so memory depends neither on
-the number of sites nor on the speed of their lines.
+address and for all together. A chunk counts until libzmq has encrypted it; then its encrypted form lies
+there until the system takes it, and nobody says when, so each peer counts for one chunk more until it is
+heard again. So memory depends neither on the number of sites nor on the speed of their lines.
 """
 
 import resource
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ RECEIVE_QUEUE = 12
 SEND_QUEUE = 64
 CHUNKS_PER_ROUTE = 4
 CHUNKS_IN_ALL = 48
+CONFIRM_SECONDS = 10.0
+"""A peer that was sent a chunk counts for so long if it says nothing: it has read, or its line is dead."""
 BATCH = 64
 """Messages read, or chunks sent, before the loop looks at anything else."""
 REQUESTS_PER_ROUTE = 32
@@ -53,13 +57,20 @@ class Port:
     """The bound socket; `read` gives bytes of a stored blob, or nothing where it is gone."""
 
     def __init__(
-        self, context: "zmq.Context[zmq.Socket[bytes]]", keys: KeyPair, read: Callable[[bytes, int, int], bytes | None]
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        keys: KeyPair,
+        read: Callable[[bytes, int, int], bytes | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self._read = read
         self._downloads: dict[bytes, deque[_Download]] = {}
         """By return address: each peer's ranges in the order asked for, as a chunk out of turn counts as lost."""
         self._inflight: dict[bytes, list[zmq.MessageTracker]] = {}
+        self._unconfirmed: dict[bytes, float] = {}
+        """By return address: until when a peer counts that has not been heard since its last chunk."""
+        self._clock = clock
         _configure(self.socket, keys)
 
     def bind(self, endpoint: str, last: str | None) -> str:
@@ -86,7 +97,9 @@ class Port:
                 frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
-            yield _open(frames)
+            arrived = _open(frames)
+            self._confirm(arrived.route)
+            yield arrived
 
     def send(self, route: bytes, message: FromCoordinator, body: bytes = b"") -> bool:
         """Send a message unless the peer is gone or does not read: it asks again."""
@@ -107,12 +120,12 @@ class Port:
         """Send what there is room for of the blobs under way, a chunk to each peer in turn, at most a batch."""
         self._forget_sent()
         for _ in range(BATCH):
-            moved = [self._has_room(route) and self._send_chunk(mine[0]) for route, mine in self._downloads.items()]
+            moved = self._send_chunks()
             for mine in self._downloads.values():
                 if mine[0].at >= mine[0].upto:
                     mine.popleft()
             self._downloads = {route: mine for route, mine in self._downloads.items() if mine}
-            if not any(moved):
+            if not moved:
                 return "blocked" if self._downloads else "idle"
         return "more"
 
@@ -124,10 +137,24 @@ class Port:
         self._inflight = {
             route: left for route, all_ in self._inflight.items() if (left := [one for one in all_ if not one.done])
         }
+        now = self._clock()
+        self._unconfirmed = {route: until for route, until in self._unconfirmed.items() if now < until}
 
-    def _has_room(self, route: bytes) -> bool:
-        mine, in_all = len(self._inflight.get(route, ())), sum(map(len, self._inflight.values()))
-        return mine < CHUNKS_PER_ROUTE and in_all < CHUNKS_IN_ALL
+    def _send_chunks(self) -> bool:
+        """Send a chunk to each peer that has room, as long as there is room in all; return whether any went."""
+        moved = False
+        for route, mine in self._downloads.items():
+            inflight = len(self._inflight.get(route, ()))
+            others = len(self._unconfirmed) - (route in self._unconfirmed)
+            if sum(map(len, self._inflight.values())) + others + 1 >= CHUNKS_IN_ALL:
+                break
+            moved |= inflight < CHUNKS_PER_ROUTE and self._send_chunk(mine[0])
+        return moved
+
+    def _confirm(self, route: bytes) -> None:
+        """Count a peer no longer that has spoken since its last chunk left."""
+        if route in self._unconfirmed and all(one.done for one in self._inflight.get(route, ())):
+            del self._unconfirmed[route]
 
     def _send_chunk(self, download: _Download) -> bool:
         size = min(CHUNK_BYTES, download.upto - download.at)
@@ -147,6 +174,7 @@ class Port:
         download.at += size
         assert isinstance(body.tracker, zmq.MessageTracker)
         self._inflight.setdefault(download.route, []).append(body.tracker)
+        self._unconfirmed[download.route] = self._clock() + CONFIRM_SECONDS
         return True
 
 

@@ -99,6 +99,7 @@ class Site:
                 return self._answered(event, now)
             case BlobStored(blob):
                 self._hand.fetching.stored(blob)
+                self._sync_at = now  # a word by which the coordinator knows that the line is free
             case BlobFailed(blob, reason):
                 return self._hand.fetching.failed(blob, reason, now)
             case WorkDone():

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -22,7 +23,7 @@ from fedoap.messages import (
     encode,
 )
 from fedoap.protocol.events import SendBlob
-from fedoap_coordinator.port import CHUNKS_PER_ROUTE, RECEIVE_QUEUE, Arrived, Port
+from fedoap_coordinator.port import CHUNKS_IN_ALL, CHUNKS_PER_ROUTE, CONFIRM_SECONDS, RECEIVE_QUEUE, Arrived, Port
 from fedoap_coordinator.zap import Doors, Zap
 
 Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
@@ -73,18 +74,23 @@ class Link:
         return got
 
 
+def dealer(context: Context, endpoint: str) -> "zmq.Socket[bytes]":
+    site = context.socket(zmq.DEALER)
+    site.linger, site.rcvhwm = 0, 2
+    site.curve_serverkey, site.curve_publickey, site.curve_secretkey = SERVER.public, SITE.public, SITE.secret
+    site.connect(endpoint)
+    return site
+
+
 @pytest.fixture
 def link(context: Context) -> Iterator[Link]:
     zap = Zap(context, Doors.of(Roster(1, (Member("hospital_a", SITE.public, b"s" * 32),)), ()))
     zap.start()
-    dealer = context.socket(zmq.DEALER)
-    dealer.linger, dealer.rcvhwm = 0, 2
-    dealer.curve_serverkey, dealer.curve_publickey, dealer.curve_secretkey = SERVER.public, SITE.public, SITE.secret
     source = Source(os.urandom(64 * CHUNK_BYTES + 77))
     port = Port(context, SERVER, source.read)
-    dealer.connect(port.bind("tcp://127.0.0.1:*", None))
-    yield Link(port, dealer, source)
-    dealer.close()
+    site = dealer(context, port.bind("tcp://127.0.0.1:*", None))
+    yield Link(port, site, source)
+    site.close()
     port.close()
     zap.stop()
 
@@ -187,6 +193,49 @@ def test_a_site_that_does_not_read_is_sent_no_more_than_its_share(link: Link) ->
     assert len(link.source.reads) < 40 + CHUNKS_PER_ROUTE
     assert "blocked" in states
     assert link.collect(len(link.source.blob)) == link.source.blob
+
+
+def test_peers_that_say_nothing_are_sent_no_more_than_all_may_hold(context: Context) -> None:
+    """Planted bug: a chunk that counts only until it is encrypted, so that each of a thousand peers holds one."""
+    peers, now = 2 * CHUNKS_IN_ALL, [0.0]
+    source = Source(os.urandom(CHUNK_BYTES))
+    zap = Zap(context, Doors.of(Roster(1, (Member("hospital_a", SITE.public, b"s" * 32),)), ()))
+    zap.start()
+    port = Port(context, SERVER, source.read, lambda: now[0])
+    endpoint = port.bind("tcp://127.0.0.1:*", None)
+    dealers = [dealer(context, endpoint) for _ in range(peers)]
+    routes = []
+    for one in dealers:
+        one.send_multipart([encode(Bye()), b""])
+        assert port.socket.poll(5000)
+        routes += [arrived.route for arrived in port.receive()]
+    for route in routes:
+        port.send_blob(SendBlob(route, BLOB, 0, CHUNK_BYTES))
+
+    at_first = pumped(port, source)
+    dealers[0].send_multipart([encode(Bye()), b""])
+    assert port.socket.poll(5000)
+    assert list(port.receive())
+    after_one_spoke = pumped(port, source)
+    now[0] += CONFIRM_SECONDS
+    after_a_while = pumped(port, source)
+
+    assert len(routes) == peers
+    assert at_first == CHUNKS_IN_ALL - 1
+    assert after_one_spoke == CHUNKS_IN_ALL
+    assert after_a_while == 2 * CHUNKS_IN_ALL - 1
+    for one in dealers:
+        one.close()
+    port.close()
+    zap.stop()
+
+
+def pumped(port: Port, source: Source) -> int:
+    """Return how many chunks have been read once the port has sent what it would."""
+    for _ in range(50):
+        port.pump()
+        time.sleep(0.01)
+    return len(source.reads)
 
 
 def test_the_same_request_repeated_is_sent_once(link: Link) -> None:

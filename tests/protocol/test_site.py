@@ -71,7 +71,7 @@ def test_a_missing_model_is_fetched_written_and_durable_before_the_work_starts()
     chunks = [bench.hear(Data(MODEL.id, at), MODEL_RAW[at : at + 64]) for at in (0, 64, 128)]
 
     assert [[type(one) for one in effects] for effects in chunks] == [[WritePart], [WritePart], [WritePart, FinishPart]]
-    assert bench.handle(BlobStored(MODEL.id)) == [StartWork(name(task), task)]
+    assert bench.handle(BlobStored(MODEL.id)) == [StartWork(name(task), task), Say(Sync(name(task)))]
 
 
 def test_a_chunk_that_does_not_match_the_signed_hash_is_not_written() -> None:
