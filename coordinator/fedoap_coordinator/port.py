@@ -26,7 +26,7 @@ RECEIVE_QUEUE = 12
 """Messages of one connection that may wait unread: a window of 8 chunks and some small ones."""
 SEND_QUEUE = 64
 CHUNKS_PER_ROUTE = 4
-CHUNKS_IN_ALL = 48
+CHUNKS_IN_ALL = 24
 CONFIRM_SECONDS = 10.0
 """A peer that was sent a chunk counts for so long if it says nothing: it has read, or its line is dead."""
 BATCH = 64
