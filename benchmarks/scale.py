@@ -16,7 +16,6 @@ import datetime as dt
 import hashlib
 import json
 import multiprocessing
-import resource
 import secrets
 import signal
 import socket
@@ -60,6 +59,7 @@ from fedoap.protocol.events import (
 from fedoap.protocol.site import Site
 from fedoap.tensors import BlobManifest, TaskManifest, TensorSpec, UploadManifest, read_blob
 from fedoap_coordinator.folder import open_ledger, prepare
+from fedoap_coordinator.port import raise_descriptor_limit
 from fedoap_node.link import Address, Link, News
 
 TICK_MS = 200
@@ -142,8 +142,6 @@ class LightSite:
                 self._work(effect)
             case Leave():
                 self.left = True
-            case _:
-                pass
         return None
 
     def _work(self, effect: StartWork) -> None:
@@ -176,7 +174,7 @@ class LightSite:
 
 def run_sites(numbers: range, seeds: dict[int, tuple[bytes, bytes]], federation: Federation, may_end: Event) -> None:
     """Be these sites until the federation has ended."""
-    raise_descriptor_limit()
+    raise_descriptor_limit(len(numbers))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.max_sockets = 4 * len(numbers) + 64
     models: dict[bytes, bytes] = {}
@@ -267,7 +265,7 @@ class Coordinator:
 def main() -> None:
     """Run and print."""
     options = _options()
-    raise_descriptor_limit()
+    raise_descriptor_limit(options.sites)
     with tempfile.TemporaryDirectory(prefix="fedoap-scale-") as folder, ExitStack() as stack:
         measure(Path(folder), options, stack)
 
@@ -367,12 +365,6 @@ def described(raw: bytes, floats: int) -> BlobManifest:
     pieces = (raw[at : at + CHUNK_BYTES] for at in range(0, len(raw), CHUNK_BYTES))
     hashes = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
     return BlobManifest((TensorSpec("weight", "float32", (floats,)),), hashes)
-
-
-def raise_descriptor_limit() -> None:
-    """Allow as many open files as the system lets us."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _round(rows: list[Row], event: str) -> float:
