@@ -172,12 +172,14 @@ class Bye(_Message):
 
 @dataclass(frozen=True, slots=True)
 class Challenge(_Message):
-    """Fresh random bytes to sign."""
+    """Fresh random bytes to sign, and the coordinator's clock for whoever wants to compare."""
 
     type: ClassVar[str] = "challenge"
     protocol: Count
     software: Word
     nonce: Hash
+    time: Offset = 0
+    """Unix seconds, or 0 where it is not told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ def _daemon(
             signing_key=keys.signing.secret,
             random_bytes=os.urandom,
             software=SOFTWARE,
+            clock=time.time,
         )
         raise_descriptor_limit(len(config.sites))
         context = stack.enter_context(zmq.Context())

@@ -31,8 +31,10 @@ class _Door:
 class Attendance:
     """The connections of all sites; identity comes from the connection's key, a route is only an address."""
 
-    def __init__(self, federation: str, software: str, random_bytes: Callable[[int], bytes]) -> None:
-        self._federation, self._software, self._random_bytes = federation, software, random_bytes
+    def __init__(
+        self, federation: str, software: str, random_bytes: Callable[[int], bytes], clock: Callable[[], float]
+    ) -> None:
+        self._federation, self._software, self._random_bytes, self._clock = federation, software, random_bytes, clock
         self._doors: dict[str, tuple[_Door, ...]] = {}
         self._joined: dict[str, _Door] = {}
         self._heard: dict[str, float] = {}
@@ -52,7 +54,7 @@ class Attendance:
                 f"but the coordinator speaks {PROTOCOL_VERSION} ({self._software})",
             )
         door = self._door(site, route) or self._new_door(site, route, message.software)
-        return Challenge(PROTOCOL_VERSION, self._software, door.nonce)
+        return Challenge(PROTOCOL_VERSION, self._software, door.nonce, int(self._clock()))
 
     def hello(self, member: Member, route: bytes, message: Hello, now: float) -> bytes | None:
         """Make this connection the site's, and return the one whose place it took, if any.

@@ -66,7 +66,7 @@ Effects = list[CoordinatorEffect]
 
 
 class Coordinator:
-    """One federation, from the first hello to the last commit."""
+    """One federation, from the first hello to the last commit; `clock` gives Unix seconds, told and never used."""
 
     def __init__(
         self,
@@ -77,9 +77,10 @@ class Coordinator:
         signing_key: bytes,
         random_bytes: Callable[[int], bytes],
         software: str,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._config, self._plan = config, config.plan
-        self._attendance = Attendance(config.federation, software, random_bytes)
+        self._attendance = Attendance(config.federation, software, random_bytes, clock)
         self._rounds = Rounds(config, roster, history, self._attendance, signing_key)
         self._noted: dict[tuple[str, str], float] = {}
         self._is_stopping = False

@@ -1,10 +1,10 @@
 """`fedoap-node`: run a site's daemon, join a federation, say how a site stands."""
 
-import importlib.util
 import json
 import os
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -12,15 +12,16 @@ import click
 from pydantic import ValidationError
 
 import fedoap
-from fedoap.config import Modality, ModelRecord, SiteConfig, check_kernels_setting, load_site
-from fedoap.errors import ConfigError, DiskError, FedoapError, StorageError
+from fedoap.config import Modality, ModelRecord, load_site
+from fedoap.errors import DiskError, FedoapError, StorageError
 from fedoap.identity import fingerprint
 from fedoap.sitefolder import SiteFolder, find_site
 from fedoap_node.daemon import Node
 from fedoap_node.join import join
 from fedoap_node.journal import Journal
 from fedoap_node.membership import Membership
-from fedoap_node.state import SiteState, lock_state
+from fedoap_node.ready import check_data
+from fedoap_node.state import SiteState, running
 
 HOME_HELP = "Folder that holds the sites' folders; else $FEDOAP_HOME, ./.fedoap or the user's data folder."
 home_option = click.option("--home", type=click.Path(file_okay=False, path_type=Path), help=HOME_HELP)
@@ -84,11 +85,7 @@ def join_command(
 @click.pass_context
 def status_command(context: click.Context, site: str | None, home: Path | None) -> None:
     """Say how a site stands: whether its node runs, what it did last, which model it has."""
-    before = context.find_root().params  # `fedoap-node --site S status` is as good as `fedoap-node status --site S`
-    site, home = site or before["site"], home or before["home"]
-    if site is None:
-        raise click.UsageError("name the site: fedoap-node status --site hospital_a")
-    folder = find_site(site, home)
+    folder = _site(context, site, home, "status")
     member = Membership.read(folder)
     click.echo(f"site        {member.site}  key {fingerprint(member.signing.public)}")
     click.echo(f"federation  {member.federation}  key {fingerprint(member.federation_key)}  at {member.endpoint}")
@@ -96,6 +93,29 @@ def status_command(context: click.Context, site: str | None, home: Path | None) 
     click.echo(f"node        {_runs(folder)}")
     click.echo(f"last event  {_last_event(folder)}")
     click.echo(f"model       {_model(folder)}")
+
+
+@cli.command("doctor")
+@site_option
+@home_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, the form that programs read.")
+@click.pass_context
+def doctor_command(context: click.Context, site: str | None, home: Path | None, as_json: bool) -> None:
+    """Find out what keeps a site from its work: line, key, disk, GPU, data. Exit code 1 if anything does.
+
+    A node that runs is not disturbed.
+    """
+    from fedoap_node.doctor import examine
+
+    folder, findings = _site(context, site, home, "doctor"), []
+    for finding in examine(folder):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.verdict:<8} {finding.check:<8} {finding.text}")
+    well = all(finding.verdict != "wrong" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"site": folder.name, "well": well, "findings": list(map(asdict, findings))}, indent=1))
+    sys.exit(0 if well else 1)
 
 
 def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
@@ -106,7 +126,7 @@ def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
     """
     os.umask(0o077)
     config = load_site(folder.config)
-    _check(config, folder)
+    check_data(config, folder)
     member = Membership.read(folder)
     state = SiteState(folder)
     journal = Journal(folder.log, member.site)
@@ -140,6 +160,14 @@ def main() -> None:
         sys.exit(_complain(_words(error)))
 
 
+def _site(context: click.Context, site: str | None, home: Path | None, command: str) -> SiteFolder:
+    before = context.find_root().params  # `fedoap-node --site S status` is as good as `fedoap-node status --site S`
+    site, home = site or before["site"], home or before["home"]
+    if site is None:
+        raise click.UsageError(f"name the site: fedoap-node {command} --site hospital_a")
+    return find_site(site, home)
+
+
 def _complain(text: str, code: int = 2) -> int:
     one_line = " ".join(text.split())
     click.echo(f"fedoap-node: {one_line}", err=True)
@@ -154,29 +182,9 @@ def _words(error: FedoapError | OSError) -> str:
     )
 
 
-def _check(config: SiteConfig, folder: SiteFolder) -> None:
-    if config.data is None:
-        raise ConfigError(f"{folder.config}: section [data] is missing; name the site's datalist there")
-    if not config.data.datalist.is_file():
-        raise ConfigError(f"{folder.config}: data.datalist is {config.data.datalist}, but there is no such file")
-    if config.worker.command is not None:
-        return
-    check_kernels_setting()
-    if importlib.util.find_spec("torch") is None:
-        raise ConfigError("torch is not installed, but training needs it: pip install 'fedoap[node]'")
-    from fedoap.segmentation.datalist import SPLITS, load_datalist
-
-    # a fault that only the worker found would cost the whole federation attempts
-    for split in SPLITS:
-        load_datalist(config.data, split)
-
-
 def _runs(folder: SiteFolder) -> str:
-    try:
-        os.close(lock_state(folder))
-    except StorageError as error:
-        return f"runs, process {str(error).rpartition(' ')[2]}"
-    return "does not run"
+    process = running(folder)
+    return f"runs, process {process}" if process else "does not run"
 
 
 def _last_event(folder: SiteFolder) -> str:

@@ -86,3 +86,18 @@ def lock_state(folder: SiteFolder) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
+
+
+def running(folder: SiteFolder) -> int | None:
+    """Return the process number of the node that runs on the folder, or nothing."""
+    try:
+        descriptor = os.open(folder.state / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return int(os.pread(descriptor, 20, 0) or b"0")
+    finally:
+        os.close(descriptor)
+    return None
