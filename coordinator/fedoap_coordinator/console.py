@@ -19,6 +19,7 @@ from fedoap.protocol.status import SiteStatus, Status
 
 SENTENCES: Final[Mapping[str, str]] = {
     "ready": "ready {endpoint}",
+    "metrics": "metrics at http://{address}/metrics",
     "task_opened": "round {round}: {kind} begins, attempt {attempt}",
     "task_closed": "round {round}: {kind} {outcome} after {seconds:.1f} s, {counted} updates",
     "site_joined": "{site} is here ({software})",

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -11,7 +11,7 @@ import zmq
 
 from fedoap.errors import FedoapError, MessageError
 from fedoap.identity import fingerprint
-from fedoap.messages import Enrol, Refuse
+from fedoap.messages import Enrol, FromCoordinator, Refuse
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
@@ -36,6 +36,7 @@ from fedoap_coordinator.enrolment import Enrolment
 from fedoap_coordinator.journal import Journal
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
+from fedoap_coordinator.metrics import Counts, Figures, MetricsServer
 from fedoap_coordinator.port import Arrived, Port
 from fedoap_coordinator.reports import STATUS
 from fedoap_coordinator.store import Store
@@ -67,8 +68,10 @@ class Daemon:
     journal: Journal
     downloads: Downloads
     state: Path
+    metrics: MetricsServer | None = None
     stopping: bool = False
-    _moved: Counter[str] = field(default_factory=Counter)
+    counts: Counts = field(default_factory=Counts)
+    _merging_since: float = 0.0
     _version: int = -1
     _next_tick: float = 0.0
     _next_status: float = 0.0
@@ -86,6 +89,8 @@ class Daemon:
             sending = self.port.pump()
             merged = self.merging.poll()
             if merged:
+                self.counts.merges += 1
+                self.counts.merge_seconds += time.monotonic() - self._merging_since
                 self._handle(merged)
             self._tick()
             wait = {"more": 0, "blocked": BUSY_MILLISECONDS, "idle": int(TICK_SECONDS * 1000)}[sending]
@@ -109,7 +114,7 @@ class Daemon:
         content = arrived.content
         match self.zap.doors.peers.get(arrived.user):
             case Site(name):
-                self._moved[name] += len(arrived.body)
+                self.counts.received[name] += len(arrived.body)
                 self._handle(_event(name, arrived))
             case Invitee(token_key) if isinstance(content, Enrol):
                 self._enrol(token_key, content, arrived.route)
@@ -126,12 +131,17 @@ class Daemon:
         if isinstance(answer.message, Refuse):
             fields = {"site": request.site, "code": answer.message.code, "reason": answer.message.reason}
             self.note(Note("refused", dict(fields)))
-        self.port.send(route, answer.message, answer.body)
+        self._say(route, answer.message, answer.body)
 
     def _refuse(self, arrived: Arrived, answer: Refuse) -> None:
         site = arrived.user.removeprefix("enrol:").partition(":")[0]
         self.note(Note("refused", {"site": site, "code": answer.code, "reason": answer.reason}))
-        self.port.send(arrived.route, answer)
+        self._say(arrived.route, answer)
+
+    def _say(self, route: bytes, message: FromCoordinator, body: bytes = b"") -> None:
+        if isinstance(message, Refuse):
+            self.counts.refused[message.code] += 1
+        self.port.send(route, message, body)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -144,13 +154,16 @@ class Daemon:
         self._name_refused()
         self._handle(Tick())
         status = self.machine.status()
-        self.console.show(View(status, self._moved, now))
+        self.console.show(View(status, self.counts.moved, now))
+        if self.metrics:
+            self.metrics.figures = Figures.of(status, self.counts)
         if now < self._next_status:
             return
         self._next_status = now + STATUS_SECONDS
         self.downloads.write()
         draft = self.state / f".{STATUS}"
-        draft.write_text(json.dumps({"time": time.time(), "status": asdict(status)}))
+        moved = {"received": self.counts.received, "sent": self.counts.sent}
+        draft.write_text(json.dumps({"time": time.time(), "status": asdict(status), **moved}))
         draft.replace(self.state / STATUS)
 
     def _name_refused(self) -> None:
@@ -158,6 +171,7 @@ class Daemon:
         for key in self.zap.refused() - self.zap.doors.users.keys():  # a token may be younger than our last look
             owner = next((member.name for member in self.ledger.roster().members if member.curve_key == key), "")
             code = "revoked" if owner else "unknown_site"
+            self.counts.refused[code] += 1
             reason = "its key was revoked" if owner else f"key {fingerprint(key)} is not enrolled"
             self.note(Note("refused", {"site": owner, "code": code, "reason": reason}))
 
@@ -191,7 +205,7 @@ class Daemon:
         follow_ups = []
         for effect in effects:
             if isinstance(effect, SendBlob):
-                self._moved[site] += effect.upto - effect.at
+                self.counts.sent[site] += effect.upto - effect.at
                 self.downloads.note(site, effect.blob, effect.upto - effect.at)
             follow_up = self._carry_out(effect)
             if follow_up:
@@ -201,10 +215,11 @@ class Daemon:
     def _carry_out(self, effect: CoordinatorEffect) -> FollowUp | None:
         match effect:
             case Send(route, message, body):
-                self.port.send(route, message, body)
+                self._say(route, message, body)
             case SendBlob():
                 self.port.send_blob(effect)
             case Aggregate():
+                self._merging_since = time.monotonic()
                 return self.merging.start(effect)
             case Note():
                 self.note(effect)

@@ -151,13 +151,16 @@ def _live(path: Path) -> Iterator[str]:
         view = json.loads(path.read_text())
     except (OSError, ValueError):
         return
-    if view["status"]["reason"]:
-        yield view["status"]["reason"]
-    for site in view["status"]["sites"]:
+    status = view["status"]
+    yield f"round {status['round']} of {status['rounds']}: {status['reason'] or status['state']}"
+    for site in status["sites"]:
         seconds = site["heard_seconds"]
         heard = "not heard since the coordinator started" if seconds is None else f"heard {seconds:.0f} s ago"
         stage = f", {site['stage']} {site['step']}/{site['steps']}" if site["steps"] else ""
-        yield f"  {site['name']}: {site['state']}, {heard}{stage}"
+        software = f", {site['software']}" if site["software"] else ""
+        moved = [view[way].get(site["name"], 0) / 1e6 for way in ("received", "sent")]
+        in_and_out = f", {moved[0]:.1f} MB in, {moved[1]:.1f} MB out" if any(moved) else ""
+        yield f"  {site['name']}: {site['state']}, {heard}{stage}{in_and_out}{software}"
 
 
 def _copy(blobs: Path, blob: bytes | None, target: Path) -> BlobFiles:

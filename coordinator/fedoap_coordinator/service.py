@@ -29,6 +29,7 @@ from fedoap_coordinator.folder import Keys, open_ledger, prepare, read_endpoint,
 from fedoap_coordinator.journal import Journal
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
+from fedoap_coordinator.metrics import MetricsServer
 from fedoap_coordinator.notary import Notary
 from fedoap_coordinator.port import Port, raise_descriptor_limit
 from fedoap_coordinator.reserve import Reserve
@@ -129,7 +130,15 @@ def _daemon(
         stack.callback(console.close)
         enrolment = Enrolment(config, ledger, keys)
         downloads = Downloads(ledger, time.time)
-        daemon = Daemon(machine, port, zap, ledger, store, merging, enrolment, console, journal, downloads, state)
+        metrics = None
+        if config.coordinator.metrics:
+            metrics = MetricsServer(config.coordinator.metrics)
+            stack.callback(metrics.close)
+        daemon = Daemon(
+            machine, port, zap, ledger, store, merging, enrolment, console, journal, downloads, state, metrics
+        )
+        if metrics:
+            daemon.note(Note("metrics", {"address": metrics.address}))
         daemon.note(Note("ready", {"endpoint": endpoint}))
         yield daemon
 

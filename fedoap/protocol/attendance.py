@@ -39,6 +39,7 @@ class Attendance:
         self._joined: dict[str, _Door] = {}
         self._heard: dict[str, float] = {}
         self._last_heard: dict[str, float] = {}
+        self._runs: dict[str, str] = {}
         self._opened = 0
 
     def open(self, site: str, route: bytes, message: Open) -> Challenge:
@@ -72,6 +73,7 @@ class Attendance:
         if before is not None and before.order > door.order:
             raise _superseded(member.name)
         self._joined[member.name] = door
+        self._runs[member.name] = door.software
         self.hear(member.name, now)
         return before.route if before is not None and before.route != route else None
 
@@ -103,8 +105,8 @@ class Attendance:
         return None if joined is None else joined.route
 
     def software(self, site: str) -> str:
-        """Return what the site says it runs."""
-        return self._joined[site].software
+        """Return what the site said that it runs when it was let in last, nothing where it never was."""
+        return self._runs.get(site, "")
 
     def heard(self, site: str) -> float:
         """Return when the site was last heard, minus infinity where it never was or took its leave."""

@@ -29,6 +29,8 @@ class SiteStatus:
     received: int = 0
     """Bytes of its upload that have arrived, of `size`."""
     size: int = 0
+    software: str = ""
+    """What it said that it runs when it was let in last; empty before."""
 
 
 @dataclass(frozen=True, slots=True)

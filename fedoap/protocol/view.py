@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedoap.messages import Idle
 from fedoap.protocol.exchange import Exchange
@@ -52,21 +53,11 @@ def _site(rounds: Rounds, site: str, is_committed: bool) -> SiteStatus:
         None if heard is None else rounds.now - heard,
         received=upload.receiver.at if upload else 0,
         size=upload.receiver.blob.size if upload else 0,
+        software=rounds.attendance.software(site),
     )
     if said is None:
         return status
-    return SiteStatus(
-        site,
-        status.state,
-        status.heard_seconds,
-        said.stage,
-        said.step,
-        said.steps,
-        said.loss,
-        said.dice,
-        status.received,
-        status.size,
-    )
+    return replace(status, stage=said.stage, step=said.step, steps=said.steps, loss=said.loss, dice=said.dice)
 
 
 def _site_state(rounds: Rounds, site: str, is_committed: bool) -> SiteState:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from fedoap.messages import (
     Enrolled,
     FromCoordinator,
     FromSite,
+    Get,
     Hello,
     Idle,
     Open,
@@ -293,3 +295,29 @@ def test_malformed_messages_are_answered_and_a_refusal_is_logged_once_not_a_thou
     assert 0 < sum(entry["event"] == "refused" for entry in house.log()) < 30
     assert daemon.poll() is None
     assert psutil.Process(daemon.pid).memory_info().rss < 150e6
+
+
+@pytest.mark.slow
+def test_status_and_metrics_tell_what_a_site_runs_and_who_was_refused(house: House, clients: Clients) -> None:
+    (house.folder / "fed.toml").write_text(FED_TOML + 'metrics = "0"\n')
+    house.start()
+    token = house.invite("hospital_a")
+    enrol(token, clients.invited(token))
+    site = clients.connect(token, CURVE)
+    hello(token, site)
+    assert isinstance(site.ask(Get(bytes(32), 0, 1))[0], Refuse)
+    address = next(entry["address"] for entry in house.log() if entry["event"] == "metrics")
+
+    house.await_status("s ago, scripted site")
+    until = time.monotonic() + 5
+    while 'fedoap_refused_total{code="no_blob"} 1' not in (shown := metrics(address)):
+        assert time.monotonic() < until, shown
+
+    assert 'fedoap_site_state{site="hospital_a",state="idle"} 1' in shown
+    assert 'fedoap_site_software{site="hospital_a",software="scripted site"} 1' in shown
+    assert "round 0 of 20: quorum is 2, but only 1 of 2 sites are enrolled" in house.look("status")
+
+
+def metrics(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
