@@ -80,10 +80,10 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_source_archive_holds_what_make_reads() -> None:
-    """Planted bug: no `constraints.txt`."""
+    """Planted bugs: no `constraints.txt`; no `deploy`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    needed = ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
+    needed = ("Makefile", "deploy", "pyproject.toml", "constraints.txt", "README.md", "LICENSE")
 
     assert [name for name in needed if not any(fnmatch(name, pattern) for pattern in included)] == []
 
