@@ -31,6 +31,7 @@ UPLOAD_CONTEXT = b"fedoap/1 upload\0"
 ROUND_CONTEXT = b"fedoap/1 round\0"
 HELLO_CONTEXT = b"fedoap/1 hello\0"
 ENROL_CONTEXT = b"fedoap/1 enrol\0"
+ROTATE_CONTEXT = b"fedoap/1 rotate\0"
 CERTIFICATE_CONTEXT = b"fedoap/1 certificate\0"
 TOKEN_CURVE_INFO = b"fedoap/1 token curve key"
 
@@ -125,6 +126,13 @@ def enrol_payload(federation: str, site: str, token_key: bytes, keys: tuple[byte
         protocol: `fedoap.messages.PROTOCOL_VERSION`.
     """
     return _pack([federation, site, token_key, *keys, protocol])
+
+
+def rotate_payload(
+    federation: str, site: str, old: tuple[bytes, bytes], new: tuple[bytes, bytes], protocol: int
+) -> bytes:
+    """Return what a site signs to replace its old public CURVE and signing keys by new ones."""
+    return _pack([federation, site, *old, *new, protocol])
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,20 @@ class Enrol(_Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Rotate(_Message):
+    """New public keys of a site; signs `rotate_payload` by the old and the new one; answered as `Enrol` is."""
+
+    type: ClassVar[str] = "rotate"
+    protocol: Count
+    curve_key: Key
+    signing_key: Key
+    signature: Signature
+    """By the signing key that is enrolled."""
+    proof: Signature
+    """By the new signing key: it is whose it claims to be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sync(_Message):
     """What is due? Asked at intervals: answered by `Task`, `Proceed` or `Idle`."""
 
@@ -293,7 +307,7 @@ class Refuse(_Message):
     about: Annotated[bytes, Length(0, 32)] = b""
 
 
-FromSite: TypeAlias = Open | Hello | Enrol | Sync | Progress | Get | Offer | Chunk | Failed | Bye
+FromSite: TypeAlias = Open | Hello | Enrol | Rotate | Sync | Progress | Get | Offer | Chunk | Failed | Bye
 FromCoordinator: TypeAlias = (
     Challenge | Welcome | Enrolled | Task | Proceed | Idle | Go | Wait | Credit | Commit | Data | Ack | Refuse
 )

@@ -27,6 +27,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "site_committed": "{site}: result of round {round} {kind} is safe, {bytes} bytes in {seconds:.1f} s",
     "site_failed": "{site} failed: {reason}",
     "site_silent": "{site} has gone silent",
+    "rotated": "{site} has new keys, the signing key is {key}",
     "refused": "{site} was refused ({code}): {reason}",
     "finished": "finished",
     "stopped": "stopped: {reason}",

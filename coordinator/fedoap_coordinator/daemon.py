@@ -11,7 +11,7 @@ import zmq
 
 from fedoap.errors import FedoapError, MessageError
 from fedoap.identity import fingerprint
-from fedoap.messages import Enrol, FromCoordinator, Refuse
+from fedoap.messages import Enrol, FromCoordinator, Refuse, Rotate
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
@@ -113,6 +113,8 @@ class Daemon:
     def _take(self, arrived: Arrived) -> None:
         content = arrived.content
         match self.zap.doors.peers.get(arrived.user):
+            case Site(name) if isinstance(content, Rotate):
+                self._rotate(name, content, arrived.route)
             case Site(name):
                 self.counts.received[name] += len(arrived.body)
                 self._handle(_event(name, arrived))
@@ -131,6 +133,15 @@ class Daemon:
         if isinstance(answer.message, Refuse):
             fields = {"site": request.site, "code": answer.message.code, "reason": answer.message.reason}
             self.note(Note("refused", dict(fields)))
+        self._say(route, answer.message, answer.body)
+
+    def _rotate(self, site: str, request: Rotate, route: bytes) -> None:
+        answer = self.enrolment.rotate(site, request, time.time())
+        if answer.joined:
+            self.note(Note("rotated", {"site": site, "key": fingerprint(request.signing_key)}))
+            self._look_at_roster()
+        elif isinstance(answer.message, Refuse):
+            self.note(Note("refused", {"site": site, "code": answer.message.code, "reason": answer.message.reason}))
         self._say(route, answer.message, answer.body)
 
     def _refuse(self, arrived: Arrived, answer: Refuse) -> None:

@@ -12,8 +12,17 @@ from datetime import timedelta
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError
-from fedoap.identity import ENROL_CONTEXT, Certificate, Member, Token, enrol_payload, is_signed
-from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, RefusalCode, Refuse
+from fedoap.identity import (
+    ENROL_CONTEXT,
+    ROTATE_CONTEXT,
+    Certificate,
+    Member,
+    Token,
+    enrol_payload,
+    is_signed,
+    rotate_payload,
+)
+from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, RefusalCode, Refuse, Rotate
 from fedoap_coordinator.folder import Keys, invited_endpoint
 from fedoap_coordinator.ledger import Invite, Ledger
 
@@ -68,18 +77,49 @@ class Enrolment:
         self.ledger.enrol(token_key, new, now)
         return self._yes(new, joined=True)
 
+    def rotate(self, site: str, message: Rotate, now: float) -> Answer:
+        """Return the answer to a member that wants new keys; where it is `Enrolled`, the roster durably holds them.
+
+        A site whose first answer was lost asks again under its new key, and gets the same answer.
+        """
+        roster, new = self.ledger.roster(), Member(site, message.curve_key, message.signing_key)
+        old = roster.active(site)
+        if old is None:
+            return _no("revoked", f"the key of site {site} was revoked")
+        if old == new:
+            return self._yes(new)
+        old_keys, new_keys = (old.curve_key, old.signing_key), (new.curve_key, new.signing_key)
+        payload = rotate_payload(self.config.federation, site, old_keys, new_keys, message.protocol)
+        if message.protocol != PROTOCOL_VERSION:
+            return self._other_version(message.protocol)
+        if not is_signed(old.signing_key, message.signature, ROTATE_CONTEXT, payload):
+            return _no("bad_signature", f"the request is not signed by the key that site {site} enrolled")
+        if not is_signed(new.signing_key, message.proof, ROTATE_CONTEXT, payload):
+            return _no("bad_signature", "the request is not signed by the new key that it presents")
+        if set(new_keys) & (set(old_keys) | self._taken(site)):
+            return _no("exists", "one of these keys is in use already; each must be new")
+        if not self.ledger.rotate(old, new, now):
+            return _no("revoked", f"the key of site {site} was revoked or replaced a moment ago")
+        return self._yes(new, joined=True)
+
+    def _taken(self, site: str) -> set[bytes]:
+        """Return the keys that a site may not present: other members' and tokens'."""
+        others = [member for member in self.ledger.roster().members if member.name != site]
+        members = {key for one in others for key in (one.curve_key, one.signing_key)}
+        return members | {one.token_key for one in self.ledger.invites()}
+
+    def _other_version(self, protocol: int) -> Answer:
+        spoken = f"the site speaks protocol {protocol}, the coordinator {PROTOCOL_VERSION}"
+        return _no("version", f"{spoken}; upgrade the older of the two")
+
     def _objection(self, given: Invite, new: Member, message: Enrol) -> Answer | None:
         keys = (new.curve_key, new.signing_key)
         payload = enrol_payload(self.config.federation, new.name, given.token_key, keys, message.protocol)
-        others = [member for member in self.ledger.roster().members if member.name != new.name]
-        taken = {key for one in others for key in (one.curve_key, one.signing_key)}
-        taken |= {one.token_key for one in self.ledger.invites()}
         if message.protocol != PROTOCOL_VERSION:
-            spoken = f"the site speaks protocol {message.protocol}, the coordinator {PROTOCOL_VERSION}"
-            return _no("version", f"{spoken}; upgrade the older of the two")
+            return self._other_version(message.protocol)
         if not is_signed(new.signing_key, message.signature, ENROL_CONTEXT, payload):
             return _no("bad_signature", "the request is not signed by the key that it presents; join again")
-        if taken & set(keys):
+        if self._taken(new.name) & set(keys):
             return _no("exists", "one of these keys belongs to another; each site makes its own: join again")
         return None
 

@@ -253,8 +253,19 @@ class WorkProgress:
     dice: float
 
 
+@dataclass(frozen=True, slots=True)
+class Rekeyed:
+    """The site has new keys, which the coordinator knows; the old ones open nothing any more."""
+
+    signing_key: bytes = field(repr=False)
+    """Private."""
+    curve_key: bytes
+    """Public."""
+
+
 SiteEvent: TypeAlias = (
     Connected
+    | Rekeyed
     | Disconnected
     | Answered
     | BlobStored

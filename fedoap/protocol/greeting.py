@@ -25,6 +25,11 @@ class Greeting:
         """Whether the coordinator let the site in on this connection."""
         return self.state == "joined"
 
+    def rekey(self, signing_key: bytes, curve_key: bytes) -> None:
+        """Sign with other keys from now on; the connection under the old ones is over."""
+        self._signing_key, self._curve_key = signing_key, curve_key
+        self.state = "down"
+
     def connect(self, now: float) -> list[SiteEffect]:
         """Start over on a fresh connection."""
         self._pause = FIRST_PAUSE_SECONDS

@@ -70,6 +70,12 @@ class Hand:
         stopped: Effects = [StopWork(work.running)] if work and work.stage == "working" else []
         return [*stopped, *self.fetching.want(())]
 
+    def rekey(self, signing_key: bytes) -> None:
+        """Sign with another key from now on, a result on its way too."""
+        self._signing_key = signing_key
+        if self._work is not None and self._work.offering is not None:
+            self._work.offering.rekey(signing_key)
+
     def restart(self, now: float) -> None:
         """Go on with what was on its way on a connection that is gone."""
         self.last = b""

@@ -30,6 +30,10 @@ class Offering:
         self._offer_at, self._pause = now, FIRST_PAUSE_SECONDS
         self._corrupt = 0
 
+    def rekey(self, signing_key: bytes) -> None:
+        """Sign the manifest anew; its hash, and so the bytes sent already, stay good."""
+        self._signature = sign(signing_key, UPLOAD_CONTEXT, self._body)
+
     def due(self, now: float) -> list[SiteEffect]:
         """Return the offer, where it is time to say it (again)."""
         if now < self._offer_at:

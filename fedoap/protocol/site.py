@@ -37,6 +37,7 @@ from fedoap.protocol.events import (
     Learned,
     Leave,
     Note,
+    Rekeyed,
     Say,
     SiteEffect,
     SiteEvent,
@@ -95,6 +96,9 @@ class Site:
                 return self._greeting.connect(now)
             case Disconnected():
                 self._greeting.disconnect()
+            case Rekeyed(signing_key, curve_key):
+                self._greeting.rekey(signing_key, curve_key)
+                self._hand.rekey(signing_key)
             case Answered():
                 return self._answered(event, now)
             case BlobStored(blob):

@@ -22,6 +22,7 @@ from fedoap_node.journal import Journal
 from fedoap_node.membership import Membership
 from fedoap_node.ready import check_data
 from fedoap_node.state import SiteState, running
+from fedoap_node.tunnel import Proxy
 
 HOME_HELP = "Folder that holds the sites' folders; else $FEDOAP_HOME, ./.fedoap or the user's data folder."
 home_option = click.option("--home", type=click.Path(file_okay=False, path_type=Path), help=HOME_HELP)
@@ -93,6 +94,22 @@ def status_command(context: click.Context, site: str | None, home: Path | None) 
     click.echo(f"node        {_runs(folder)}")
     click.echo(f"last event  {_last_event(folder)}")
     click.echo(f"model       {_model(folder)}")
+
+
+@cli.command("rotate")
+@site_option
+@home_option
+@click.pass_context
+def rotate_command(context: click.Context, site: str | None, home: Path | None) -> None:
+    """Give a site new keys, vouched for by its old ones; a node that runs takes them up, its worker goes on."""
+    from fedoap_node.rotation import rotate
+
+    folder = _site(context, site, home, "rotate")
+    proxy = load_site(folder.config).network.proxy
+    member = rotate(folder, Proxy.parse(proxy) if proxy else None)
+    click.echo(f"{member.site} has new keys in {member.federation}")
+    click.echo(f"  this site's key      {fingerprint(member.signing.public)}")
+    click.echo("  compare it with the operator: `fedoap-coordinator sites` shows the same")
 
 
 @cli.command("doctor")

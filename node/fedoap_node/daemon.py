@@ -12,6 +12,7 @@ import zmq
 import fedoap
 from fedoap.config import SiteConfig
 from fedoap.errors import MessageError, RefusedError, StorageError
+from fedoap.identity import fingerprint
 from fedoap.messages import Chunk
 from fedoap.protocol.events import (
     Answered,
@@ -26,6 +27,7 @@ from fedoap.protocol.events import (
     Leave,
     Note,
     OpenPart,
+    Rekeyed,
     Say,
     SayChunk,
     SiteEffect,
@@ -40,6 +42,7 @@ from fedoap.protocol.site import Site
 from fedoap_node.journal import Journal
 from fedoap_node.link import Address, Link, News
 from fedoap_node.membership import Membership
+from fedoap_node.rotation import settle
 from fedoap_node.state import SiteState
 from fedoap_node.tunnel import Proxy
 from fedoap_node.work import Work
@@ -47,6 +50,8 @@ from fedoap_node.work import Work
 TICK_MS = 200
 LINGER_MS = 500
 LONGEST_REMINDER_SECONDS = 300.0
+UNDECIDED = ("unreachable", "stranger", "stopping")
+"""Refusals of a rotation that say nothing of its keys."""
 WARNINGS = ("refused", "disk", "stopped", "failed")
 
 
@@ -55,6 +60,7 @@ class Node:
 
     def __init__(self, member: Membership, state: SiteState, config: SiteConfig, journal: Journal) -> None:
         self._member, self._state, self._journal = member, state, journal
+        self._proxy = Proxy.parse(config.network.proxy) if config.network.proxy else None
         self._site = Site(
             member.federation,
             member.site,
@@ -66,10 +72,10 @@ class Node:
         )
         self._work = Work(state, config, journal)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        proxy = Proxy.parse(config.network.proxy) if config.network.proxy else None
-        self._link = Link(self._context, Address(member.endpoint, member.server_key, proxy), member.curve)
+        self._link = self._dial(member)
         self._outbox: deque[Say | SayChunk] = deque()
         self._left: Leave | None = None
+        self._revoked = ""
         self._stopping = False
         self._quiet_until, self._reminder_seconds = 0.0, 5.0
         self._wake, self._woken = socket.socketpair()
@@ -105,6 +111,8 @@ class Node:
         self._work.settle()
         self._link.dial(now)
         self._flush()
+        if self._revoked:
+            self._renew()
 
     def _wait(self) -> None:
         poller = zmq.Poller()
@@ -134,7 +142,7 @@ class Node:
                 self._remind(f"{self._link.fault}; dialling again at growing pauses", now)
             case News.KEY_REFUSED:
                 whom = f"site {self._member.site}: its key is not enrolled at {endpoint}, or was revoked"
-                raise RefusedError("revoked", f"{whom}; ask the federation's operator")
+                self._revoked = f"{whom}; ask the federation's operator"
             case _:
                 assert_never(news)
 
@@ -197,12 +205,41 @@ class Node:
         return None
 
     def _leave(self, leave: Leave) -> None:
+        if leave.code == "revoked":
+            self._revoked = f"site {self._member.site}: refused by the coordinator: {leave.reason}"
+            return
         if leave.code not in ("finished", "stopped"):
             raise RefusedError(leave.code, f"site {self._member.site}: refused by the coordinator: {leave.reason}")
         if self._left is None or self._left != leave:
             self._journal.note(leave.code, f"the federation has {leave.code}: {leave.reason}", reason=leave.reason)
         self._left = leave
         self._work.rest(over=True)
+
+    def _renew(self) -> None:
+        """Take up the keys that `rotate` left, if it was that; what the worker does goes on.
+
+        Raises:
+            RefusedError: this site's keys are the same, so they were revoked.
+        """
+        why, self._revoked = self._revoked, ""
+        try:
+            member = settle(self._state.folder, self._proxy)
+        except RefusedError as error:
+            if error.code not in UNDECIDED:
+                raise
+            self._journal.note("waiting", str(error), level="warning")
+            member = self._member  # the old key is dialled with, and refused, and so this is tried again
+        else:
+            if member.curve == self._member.curve:
+                raise RefusedError("revoked", why)
+            self._journal.note("rotated", f"this site has new keys: {fingerprint(member.signing.public)}")
+        self._link.close()
+        self._outbox.clear()
+        self._member, self._link = member, self._dial(member)
+        self._feed(Rekeyed(member.signing.secret, member.curve.public))
+
+    def _dial(self, member: Membership) -> Link:
+        return Link(self._context, Address(member.endpoint, member.server_key, self._proxy), member.curve)
 
     def _flush(self) -> None:
         """Send what is due, as far as the connection takes it."""

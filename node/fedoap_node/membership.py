@@ -1,10 +1,15 @@
 """Who this site is in which federation: the `identity/` folder that joining leaves.
 
 signing.key, curve.key    32 raw bytes each, mode 0600; made here, never sent
+next/                     the keys that `rotate` is about to put in their place, with their certificate in the end
 federation.json           where the coordinator is, and the public keys to know it by
 certificate               the federation's signed word that the keys are this site's
 """
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
@@ -13,13 +18,14 @@ from pydantic import Field, ValidationError
 
 from fedoap.config import Endpoint, Frozen, Name
 from fedoap.errors import IdentityError
-from fedoap.identity import Certificate, KeyPair, curve_keys, read_private, signing_keys, write_private
+from fedoap.identity import Certificate, KeyPair, curve_keys, read_private, signing_keys, sync_folder, write_private
 from fedoap.sitefolder import SiteFolder
-from fedoap_node.files import write_durably
+from fedoap_node.files import remove, write_durably
 
 SIGNING_KEY = "signing.key"
 CURVE_KEY = "curve.key"
 CERTIFICATE = "certificate"
+NEXT = "next"
 HexKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -52,6 +58,12 @@ class Membership:
         Raises:
             IdentityError: a file is missing, altered or readable by others.
         """
+        with _alone(folder.identity):
+            _take_up(folder.identity)
+            return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: SiteFolder) -> Self:
         record = _record(folder.federation)
         if record.site != folder.name:
             raise IdentityError(f"{folder.identity}: is that of site {record.site}, but the folder is {folder.name}'s")
@@ -90,6 +102,40 @@ class Membership:
             federation_key=self.federation_key.hex(),
         )
         write_durably(identity / "federation.json", record.model_dump_json(indent=1).encode())
+
+
+def is_rotating(identity: Path) -> bool:
+    """Return whether new keys are there whose certificate has not come yet."""
+    return all((identity / NEXT / name).exists() for name in (SIGNING_KEY, CURVE_KEY))
+
+
+def _take_up(identity: Path) -> None:
+    """Put keys whose certificate has come in the old ones' place; after a crash on the way it is done again."""
+    fresh = identity / NEXT
+    if not (fresh / CERTIFICATE).exists():
+        return
+    for name in (SIGNING_KEY, CURVE_KEY):
+        write_private(identity / name, read_private(fresh / name))
+    write_durably(identity / CERTIFICATE, (fresh / CERTIFICATE).read_bytes())
+    done = identity / f".{NEXT}"
+    remove(done)
+    fresh.rename(done)  # at once: keys without their certificate would pass for a rotation under way
+    sync_folder(identity)
+    remove(done)
+
+
+@contextmanager
+def _alone(identity: Path) -> Iterator[None]:
+    """Let no other process of ours look at the folder while its files are exchanged."""
+    try:
+        descriptor = os.open(identity, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise IdentityError(f"{identity}: cannot be read: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _record(path: Path) -> FederationRecord:

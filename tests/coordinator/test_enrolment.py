@@ -6,8 +6,19 @@ import pytest
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError
-from fedoap.identity import ENROL_CONTEXT, Certificate, KeyPair, Token, curve_keys, enrol_payload, sign, signing_keys
-from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse
+from fedoap.identity import (
+    ENROL_CONTEXT,
+    ROTATE_CONTEXT,
+    Certificate,
+    KeyPair,
+    Token,
+    curve_keys,
+    enrol_payload,
+    rotate_payload,
+    sign,
+    signing_keys,
+)
+from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse, Rotate
 from fedoap_coordinator.enrolment import Answer, Enrolment
 from fedoap_coordinator.folder import Keys, prepare, write_endpoint
 from fedoap_coordinator.ledger import Ledger
@@ -178,3 +189,75 @@ def test_inviting_before_the_first_start_needs_a_port(config: FederationConfig, 
 
     with pytest.raises(ConfigError, match="whose port is chosen at the start"):
         Enrolment(config, ledger, keys).invite("hospital_a", EXPIRES, NOW, b"s" * 16)
+
+
+def rotation(old: bytes = b"1", new: bytes = b"2", *, signer: bytes = b"", prover: bytes = b"") -> Rotate:
+    """Return hospital_a's request for new keys, of seeds; signed and proved by those of others if so asked."""
+    keys = [(curve_keys(seed * 32).public, signing_keys(seed * 32).public) for seed in (old, new)]
+    payload = rotate_payload("demo", "hospital_a", keys[0], keys[1], PROTOCOL_VERSION)
+    signatures = (sign(signing_keys(by * 32).secret, ROTATE_CONTEXT, payload) for by in (signer or old, prover or new))
+    return Rotate(PROTOCOL_VERSION, *keys[1], *signatures)
+
+
+def test_a_member_gets_new_keys_and_a_certificate_and_the_same_answer_again(desk: Desk) -> None:
+    """Planted bug: the second request refused, so that a lost answer shuts the site out."""
+    token = desk.invite()
+    desk.ask(token, request(token))
+    before = desk.enrolment.ledger.roster()
+
+    first = desk.enrolment.rotate("hospital_a", rotation(), NOW)
+    again = desk.enrolment.rotate("hospital_a", rotation(), NOW)
+
+    roster = desk.enrolment.ledger.roster()
+    member = roster.active("hospital_a")
+    assert member is not None
+    assert (member.curve_key, member.signing_key) == (curve_keys(b"2" * 32).public, signing_keys(b"2" * 32).public)
+    assert roster.epoch == before.epoch + 1
+    assert (first.message, first.joined, again.joined) == (Enrolled("hospital_a"), True, False)
+    assert first.body == again.body
+    Certificate.unpack(first.body).verify(token.federation_key)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        (rotation(signer=b"9"), "bad_signature"),
+        (rotation(prover=b"9"), "bad_signature"),
+        (rotation(old=b"9"), "bad_signature"),
+        (replace(rotation(), curve_key=curve_keys(b"8" * 32).public), "bad_signature"),
+        (replace(rotation(), protocol=PROTOCOL_VERSION + 1), "version"),
+        (rotation(new=b"b"), "exists"),
+    ],
+)
+def test_new_keys_are_vouched_for_by_the_old_and_by_themselves(desk: Desk, asked: Rotate, code: str) -> None:
+    """Planted bugs: the signature, the proof, keys of other sites not looked at."""
+    token, other = desk.invite(), desk.invite("hospital_b")
+    desk.ask(token, request(token))
+    desk.ask(other, request(other, b"b"))
+    before = desk.enrolment.ledger.roster()
+
+    assert refusal(desk.enrolment.rotate("hospital_a", asked, NOW)).code == code
+    assert desk.enrolment.ledger.roster() == before
+
+
+def test_a_revoked_site_gets_no_new_keys(desk: Desk) -> None:
+    token = desk.invite()
+    desk.ask(token, request(token))
+    desk.enrolment.ledger.revoke("hospital_a", NOW)
+
+    assert refusal(desk.enrolment.rotate("hospital_a", rotation(), NOW)).code == "revoked"
+
+
+def test_keys_that_were_replaced_are_remembered(desk: Desk) -> None:
+    """Results of earlier rounds are signed by them. Planted bug: forgotten when a site joins anew."""
+    token = desk.invite()
+    desk.ask(token, request(token))
+    desk.enrolment.rotate("hospital_a", rotation(), NOW + 1)
+    newer = desk.invite(now=NOW + 2)
+    desk.ask(newer, request(newer, b"3"), NOW + 3)
+
+    rows = desk.enrolment.ledger._run("select site, signing_key, until from former_keys order by until").fetchall()
+    assert rows == [
+        ("hospital_a", signing_keys(b"1" * 32).public, NOW + 1),
+        ("hospital_a", signing_keys(b"2" * 32).public, NOW + 3),
+    ]

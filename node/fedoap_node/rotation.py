@@ -1,0 +1,156 @@
+"""New keys for a site, vouched for by the old ones; whatever crashes, one pair that the coordinator knows stays here.
+
+The new keys lie durably in `identity/next/` before the coordinator hears of them, so whether it took
+them or not, this site holds both. It asks under the old key, and where that opens nothing any more under
+the new one; the same request gets the same answer. The certificate's arrival in `next/` decides:
+from then on whoever reads the identity puts the new keys in the old ones' place (`membership.py`).
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import zmq
+
+from fedoap.errors import MessageError, RefusedError, StorageError
+from fedoap.identity import (
+    KEY_BYTES,
+    ROTATE_CONTEXT,
+    Certificate,
+    KeyPair,
+    curve_keys,
+    read_private,
+    rotate_payload,
+    sign,
+    signing_keys,
+    write_private,
+)
+from fedoap.messages import PROTOCOL_VERSION, Enrolled, Refuse, Rotate
+from fedoap.sitefolder import SiteFolder
+from fedoap_node.files import write_durably
+from fedoap_node.link import Address, Link, News
+from fedoap_node.membership import CERTIFICATE, CURVE_KEY, NEXT, SIGNING_KEY, Membership, is_rotating
+from fedoap_node.tunnel import Proxy
+
+ANSWER_SECONDS = 30.0
+REPEAT_SECONDS = 2.0
+STRANGERS = 4
+"""So many failed handshakes are no accident."""
+
+
+def rotate(folder: SiteFolder, proxy: Proxy | None) -> Membership:
+    """Return the site with new keys that the coordinator knows and that lie in their place.
+
+    Raises:
+        FedoapError: it could not be done, or not to the end; the next attempt, or a node that starts, goes on.
+    """
+    fresh = folder.identity / NEXT
+    with _alone(folder):
+        Membership.read(folder)  # takes up an earlier rotation that has its certificate
+        try:
+            fresh.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{fresh}: cannot be made: {error.strerror}") from None
+        for name in (SIGNING_KEY, CURVE_KEY):
+            if not (fresh / name).exists():
+                write_private(fresh / name, os.urandom(KEY_BYTES))
+    return settle(folder, proxy)
+
+
+def settle(folder: SiteFolder, proxy: Proxy | None) -> Membership:
+    """Return the site as it is, a rotation that was under way brought to its end.
+
+    Raises:
+        FedoapError: the coordinator cannot be reached, or knows neither key.
+    """
+    with _alone(folder):
+        member = Membership.read(folder)
+        if not is_rotating(folder.identity):
+            return member
+        fresh = folder.identity / NEXT
+        keys = (curve_keys(read_private(fresh / CURVE_KEY)), signing_keys(read_private(fresh / SIGNING_KEY)))
+        heir = replace(member, curve=keys[0], signing=keys[1])
+        certificate = _certified(member, heir, proxy)
+        heir.check(certificate)
+        write_durably(fresh / CERTIFICATE, certificate.pack())
+        return Membership.read(folder)
+
+
+def _certified(member: Membership, heir: Membership, proxy: Proxy | None) -> Certificate:
+    request = _request(member, heir)
+    try:
+        return _ask(member, member.curve, request, proxy)
+    except RefusedError as error:
+        if error.code != "revoked":
+            raise
+    return _ask(
+        member, heir.curve, request, proxy
+    )  # an earlier answer was lost: the coordinator knows the new key only
+
+
+def _request(member: Membership, heir: Membership) -> Rotate:
+    old, new = (member.curve.public, member.signing.public), (heir.curve.public, heir.signing.public)
+    payload = rotate_payload(member.federation, member.site, old, new, PROTOCOL_VERSION)
+    signatures = (sign(one.signing.secret, ROTATE_CONTEXT, payload) for one in (member, heir))
+    return Rotate(PROTOCOL_VERSION, *new, *signatures)
+
+
+def _ask(member: Membership, keys: KeyPair, request: Rotate, proxy: Proxy | None) -> Certificate:
+    """Return the answer to the request under this CURVE key."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link = Link(context, Address(member.endpoint, member.server_key, proxy), keys)
+    try:
+        return _answer(link, member, request)
+    finally:
+        link.close()
+        context.term()
+
+
+def _answer(link: Link, member: Membership, request: Rotate) -> Certificate:
+    poller = zmq.Poller()
+    poller.register(link.socket, zmq.POLLIN)
+    poller.register(link.monitor, zmq.POLLIN)
+    deadline, repeat_at, strangers = time.monotonic() + ANSWER_SECONDS, 0.0, 0
+    while (now := time.monotonic()) < deadline:
+        poller.poll(100)
+        for news in link.news(now):
+            strangers += news in (News.STRANGER, News.PROXY)
+            if news is News.KEY_REFUSED:
+                whom = f"site {member.site}: neither its old nor its new key is enrolled at {member.endpoint}"
+                raise RefusedError("revoked", f"{whom}; ask the federation's operator")
+            if strangers >= STRANGERS:
+                whom = f"what answers at {member.endpoint} does not prove to be the coordinator"
+                raise RefusedError("stranger", link.fault or whom)
+        for answer in link.receive():
+            match answer:
+                case (Enrolled(), body):
+                    return Certificate.unpack(bytes(body))
+                case (Refuse(code, reason, _), _):
+                    raise RefusedError(code, f"site {member.site}: refused by the coordinator: {reason}")
+                case MessageError() | _:
+                    continue
+        link.dial(now)
+        if link.up and now >= repeat_at and link.send(request):
+            repeat_at = now + REPEAT_SECONDS
+    what = "does not answer" if link.up else "nobody answers"
+    left = "the new keys wait in identity/next, both stay good; try again"
+    raise RefusedError("unreachable", f"{member.endpoint}: {what} (waited {ANSWER_SECONDS:.0f} s); {left}")
+
+
+@contextmanager
+def _alone(folder: SiteFolder) -> Iterator[None]:
+    """Let one process at a time rotate; reading the identity, which is quick, has a lock of its own."""
+    path = folder.state / "rotation"
+    try:
+        folder.state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
