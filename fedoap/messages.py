@@ -13,10 +13,11 @@ import dataclasses
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
 import msgpack
 
+from fedoap.bounds import Check, Length, Range, check, rule
 from fedoap.errors import MessageError
 
 PROTOCOL_VERSION = 1
@@ -26,22 +27,6 @@ MAX_HEADER_BYTES = 4096
 MAX_BODY_BYTES = CHUNK_BYTES + 16
 """A chunk and the tag of its seal."""
 MAX_MESSAGE_BYTES = MAX_BODY_BYTES + MAX_HEADER_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """Bounds of a string's or byte string's length."""
-
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds of a number, both included."""
-
-    low: float
-    high: float
 
 
 Hash: TypeAlias = Annotated[bytes, Length(32, 32)]
@@ -313,8 +298,6 @@ FromCoordinator: TypeAlias = (
 )
 Message: TypeAlias = FromSite | FromCoordinator
 
-Check: TypeAlias = tuple[type, Length | Range | tuple[str, ...] | None]
-
 
 def encode(message: Message) -> bytes:
     """Return the header frame of a message."""
@@ -352,8 +335,8 @@ def _decode(header: bytes | memoryview, body_bytes: int, kinds: "dict[str, _Kind
     if values.keys() != kind.checks.keys():
         odd = sorted(str(key)[:40] for key in values.keys() ^ kind.checks.keys())
         raise MessageError(f"{name}: keys {', '.join(odd)} are missing or unknown")
-    for key, check in kind.checks.items():
-        _check(f"{name}.{key}", values[key], check)
+    for key, wanted in kind.checks.items():
+        check(f"{name}.{key}", values[key], wanted)
     return kind.make(**values)
 
 
@@ -371,21 +354,6 @@ def _unpack(header: bytes | memoryview) -> dict[str, object]:
     return values
 
 
-def _check(place: str, value: object, check: Check) -> None:
-    kind, bound = check
-    if type(value) is not kind:
-        raise MessageError(f"{place} is a {type(value).__name__}, but must be a {kind.__name__}")
-    match bound:
-        case Length(low, high) if isinstance(value, str | bytes) and not low <= len(value) <= high:
-            raise MessageError(f"{place} has length {len(value)}, but must have {low} to {high}")
-        case Range(low, high) if isinstance(value, int | float) and not low <= value <= high:
-            raise MessageError(f"{place} is {value}, but must lie in {low} to {high}")
-        case tuple() if value not in bound:
-            raise MessageError(f"{place} is {repr(value)[:60]}, which is not known")
-        case _:
-            return
-
-
 @dataclass(frozen=True, slots=True)
 class _Kind:
     make: Callable[..., Message]
@@ -399,15 +367,7 @@ def _table(union: types.UnionType) -> dict[str, _Kind]:
 
 def _checks(cls: type[Message]) -> dict[str, Check]:
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: _rule(hints[field.name]) for field in dataclasses.fields(cls)}
-
-
-def _rule(hint: object) -> Check:
-    if get_origin(hint) is Literal:
-        return str, get_args(hint)
-    assert get_origin(hint) is Annotated, hint
-    kind, bound = get_args(hint)
-    return kind, bound
+    return {field.name: rule(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
 _FROM_SITE = _table(FromSite)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedoap.bounds import Length, Range
 from fedoap.errors import MessageError
 from fedoap.messages import (
     MAX_BODY_BYTES,
@@ -17,11 +18,9 @@ from fedoap.messages import (
     Credit,
     FromCoordinator,
     FromSite,
-    Length,
     Message,
     Open,
     Progress,
-    Range,
     Sync,
     decode_from_coordinator,
     decode_from_site,
