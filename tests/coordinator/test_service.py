@@ -217,10 +217,10 @@ def test_a_site_joins_says_hello_is_revoked_and_joins_anew(house: House, clients
     assert isinstance(waiting, Idle)
     house.await_status("hospital_a: idle")
 
-    begun = time.monotonic()
     assert house.run("revoke", "hospital_a").returncode == 0
+    begun = time.monotonic()
     while not isinstance(site.ask(Sync(b""))[0], Refuse):
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 1
     revoked, _ = site.ask(Sync(b""))
     assert isinstance(revoked, Refuse)
     assert revoked.code == "revoked"

@@ -12,6 +12,7 @@ from door import SERVER, SITE, Context, Door
 from fedoap.errors import MessageError
 from fedoap.messages import CHUNK_BYTES, Bye, Chunk, Idle, encode
 from fedoap_node.link import Address, Link, News
+from fedoap_node.relay import Relay
 from fedoap_node.tunnel import Proxy, ProxyError, Target, dial
 from proxies import ConnectProxy, LittleProxy, SocksProxy
 
@@ -141,3 +142,24 @@ def test_the_proxy_resolves_the_coordinators_name() -> None:
     made.close()
 
     assert made.asked == ["no-such-name.invalid:7470"]
+
+
+def test_a_cut_costs_well_below_a_second(context: Context, door: Door) -> None:
+    """Planted bug: a first pause of a second in `reconnect_ivl`."""
+    forwarder = ConnectProxy()
+    relay = Relay(Target.of(door.endpoint), Proxy.parse(forwarder.url()))
+    link = Link(context, Address(relay.endpoint, SERVER.public), SITE)
+    wait_for(link, News.UP)
+    costs = []
+    for _ in range(5):
+        began = time.monotonic()
+        forwarder.cut()
+        wait_for(link, News.DOWN)
+        wait_for(link, News.UP)
+        costs.append(time.monotonic() - began)
+    link.close()
+    relay.close()
+    forwarder.close()
+    print(f"a cut costs {sorted(costs)[2]:.3f} s in the middle, {max(costs):.3f} s at most")  # noqa: T201
+
+    assert sorted(costs)[2] < 0.6
