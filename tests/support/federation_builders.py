@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -25,10 +26,12 @@ def curve(site: str) -> bytes:
     return hashlib.sha256(b"curve" + site.encode()).digest()
 
 
+@cache
 def public(private: bytes) -> bytes:
     return Ed25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
+@cache
 def roster(*revoked: str, sites: tuple[str, ...] = SITES) -> Roster:
     members = [Member(site, curve(site), public(secret(site)), site in revoked) for site in sites]
     return Roster(1 + len(revoked), tuple(members))

@@ -1,5 +1,8 @@
 """What must hold after every step of every world; written without the code that it checks."""
 
+import hashlib
+
+from federation_builders import CHUNK_BYTES
 from fedoap.config import FederationConfig
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
 from fedoap.protocol.coordinator import Coordinator
@@ -7,7 +10,11 @@ from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
 from fedoap.tensors import BlobManifest
 from fedoap.transfer import WINDOW_CHUNKS
 
-Blobs = dict[bytes, tuple[BlobManifest, bytes]]
+
+def is_intact(manifest: BlobManifest, raw: bytes) -> bool:
+    """Return whether the bytes are those that the manifest names."""
+    chunks = (raw[at : at + manifest.chunk_bytes] for at in range(0, len(raw), manifest.chunk_bytes))
+    return len(raw) == manifest.size and b"".join(hashlib.sha256(one).digest() for one in chunks) == manifest.hashes
 
 
 class Checks:
@@ -25,11 +32,14 @@ class Checks:
     def sent(self, header: bytes, body: bytes) -> None:
         assert b"personal." not in header + body, "a personal parameter's name occurs in a message"
 
-    def coordinator_says(self, route: bytes, message: FromCoordinator) -> None:
+    def site_hears(self, route: bytes, message: FromCoordinator) -> None:
+        if isinstance(message, Go | Credit):
+            key = (route, message.upload)
+            whole = -(-message.upto // CHUNK_BYTES) * CHUNK_BYTES  # a flipped bit may end it within a chunk
+            self._credit[key] = max(whole, self._credit.get(key, 0))
+
+    def coordinator_says(self, message: FromCoordinator) -> None:
         match message:
-            case Go(upload, _, upto) | Credit(upload, upto):
-                key = (route, upload)
-                self._credit[key] = max(upto, self._credit.get(key, 0))
             case Commit(upload):
                 assert upload in self._durable, "an upload was committed that is not durable"
             case Task(task):
@@ -60,9 +70,14 @@ class Checks:
             case Update():
                 assert self._open is not None, "an update was recorded while no exchange was open"
                 assert record.manifest.task == self._open.task, "an update of another task was recorded"
+                twice = any(one.site == record.site for one in self._recorded(record.manifest.task))
+                assert not twice, "two updates of one site were recorded for one task"
                 self._durable[record.upload] = record
             case RecordClosed():
                 self._closed(record)
+
+    def _recorded(self, task: bytes) -> list[Update]:
+        return [one for one in self._durable.values() if one.manifest.task == task]
 
     def _closed(self, record: RecordClosed) -> None:
         opened, self._open = self._open, None
@@ -84,7 +99,3 @@ class Checks:
         assert len(open_bytes) <= self._config.coordinator.uploads_at_once, "too many uploads hold credit"
         most = WINDOW_CHUNKS * chunk_bytes
         assert all(size <= most for size in open_bytes), "an upload holds more than one window of credit"
-
-    def kept(self, blobs: Blobs, manifest: BlobManifest, raw: bytes) -> None:
-        if manifest.id in blobs:
-            assert blobs[manifest.id][1] == raw, "a published blob changed"

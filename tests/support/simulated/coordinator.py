@@ -1,11 +1,11 @@
-"""The coordinator's daemon in the simulation: records and blobs outlast a crash, all else does not."""
+"""The coordinator's daemon in the simulation: its disk outlasts a crash as far as it was synced, all else does not."""
 
 import random
 from collections.abc import Callable
 
 from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, roster
 from fedoap.config import FederationConfig
-from fedoap.messages import Data, FromCoordinator
+from fedoap.messages import Credit, Data, FromCoordinator, Go
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
@@ -29,17 +29,20 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.history import Record, replay
 from fedoap.tensors import BlobManifest
-from simulated.checks import Checks
-from simulated.network import TICK_SECONDS, Clock, Faults
+from simulated.checks import Checks, is_intact
+from simulated.disk import Disk, FullError
+from simulated.network import Clock, Faults
 from simulated.training import merge
+
+NO_SPACE = "no space left on the disk"
 
 
 class CrashedError(Exception):
-    """The process is gone; what it had recorded is not."""
+    """The process is gone; what it had synced is not."""
 
 
 class CoordinatorProcess:
-    """Runs the machine, carries out its effects, crashes before one of them now and then, and comes back."""
+    """Runs the machine, carries out its effects, crashes before a step of one now and then, and comes back."""
 
     def __init__(
         self,
@@ -49,28 +52,31 @@ class CoordinatorProcess:
         rng: random.Random,
         faults: Faults,
         checks: Checks,
+        nonce: Callable[[int], bytes],
         send: Callable[[bytes, FromCoordinator, bytes], None],
         gone: Callable[[], None],
     ) -> None:
         self._config, self._clock, self._rng, self._faults, self._checks = config, clock, rng, faults, checks
-        self._send, self._gone = send, gone
+        self._nonce, self._send, self._gone = nonce, send, gone
         self.records: list[Record] = []
-        self.blobs: dict[bytes, tuple[BlobManifest, bytes]] = {}
-        self._parts: dict[bytes, bytearray] = {}
+        self.disk = Disk(rng, faults.disk_full)
         self.machine: Coordinator | None = None
         self.life = 0
         self.crashes = 0
 
     def boot(self) -> None:
         self.life += 1
-        self._parts = {}
-        history = replay(self.records)
+        needed = self._manifests()
+        self.disk.keep_only("parts", ())
+        self.disk.keep_only("blobs", needed)
+        for blob in needed.values():
+            self._read(blob)
         self.machine = Coordinator(
             self._config,
-            roster(),
-            history,
+            roster(sites=self._config.sites),
+            replay(self.records),
             signing_key=FEDERATION_SECRET,
-            random_bytes=self._rng.randbytes,
+            random_bytes=self._nonce,
             software="sim",
         )
         self._carry_out(self.machine.start(self._clock.now))
@@ -80,93 +86,137 @@ class CoordinatorProcess:
         if self.machine is not None:
             self._carry_out(self.machine.handle(event, self._clock.now))
 
+    def crash(self) -> None:
+        self.crashes += 1
+        self.machine = None
+        self.disk.crash()
+        self._gone()
+        self._clock.after(self._rng.random() * self._faults.outage, self.boot)
+
     def _tick(self, life: int) -> None:
         if life == self.life and self.machine is not None:
             self.handle(Tick())
-            self._clock.after(TICK_SECONDS, lambda: self._tick(life))
+            self._clock.after(self._faults.tick, lambda: self._tick(life))
 
     def _carry_out(self, effects: list[CoordinatorEffect]) -> None:
         try:
             for effect in effects:
-                self._crash_if(self._rng.random() < self._faults.crash_coordinator)
+                self._perhaps_crash()
                 self._do(effect)
-        except CrashedError:
+        except (CrashedError, FullError):  # the daemon ends when its ledger cannot be written
             self.crash()
-        if self.machine is not None:
-            self._checks.credit_is_bounded(self.machine, CHUNK_BYTES)
 
-    def crash(self) -> None:
-        self.crashes += 1
-        self.machine = None
-        self._gone()
-        self._clock.after(self._rng.random() * self._faults.outage, self.boot)
-
-    def _crash_if(self, is_due: bool, /) -> None:
-        if is_due:
+    def _perhaps_crash(self) -> None:
+        chance = self._faults.crash_coordinator
+        if chance and self._rng.random() < chance:
             raise CrashedError
 
     def _later(self, event: CoordinatorEvent, seconds: float = 0.0) -> None:
         life = self.life
         self._clock.after(seconds, lambda: self.handle(event) if life == self.life else None)
 
-    def _full(self) -> bool:
-        return self._rng.random() < self._faults.disk_full
-
     def _do(self, effect: CoordinatorEffect) -> None:
         match effect:
             case Send(route, message, body):
-                self._checks.coordinator_says(route, message)
+                self._checked(message)
                 self._send(route, message, body)
             case SendBlob(route, blob, at, upto):
                 self._send_blob(route, blob, at, upto)
             case OpenPart(part, size):
-                if self._full():
-                    self._later(StoreFailed(part, "no_space", "no space left on the disk"))
-                else:
-                    self._parts[part] = bytearray(size)
+                self._open(part, size)
             case WritePart(part, at, data):
-                self._parts.get(part, bytearray())[at : at + len(data)] = data
+                self.disk.write(("parts", part), at, bytes(data))
             case FinishPart():
                 self._finish(effect)
             case DropPart(part):
-                self._parts.pop(part, None)
+                self.disk.remove(("parts", part))
             case Aggregate():
                 self._aggregate(effect)
             case RecordOpened() | RecordClosed():
-                self._crash_if(self._full())  # the daemon ends when its ledger cannot be written
                 self._record(effect)
             case Note():
                 pass
 
+    def _checked(self, message: FromCoordinator) -> None:
+        self._checks.coordinator_says(message)
+        if isinstance(message, Go | Credit) and self.machine is not None:
+            self._checks.credit_is_bounded(self.machine, CHUNK_BYTES)
+
+    def _open(self, part: bytes, size: int) -> None:
+        try:
+            self.disk.create(("parts", part), size)
+        except FullError:
+            self._later(StoreFailed(part, "no_space", NO_SPACE))
+
     def _send_blob(self, route: bytes, blob: bytes, at: int, upto: int) -> None:
-        manifest, raw = self.blobs[blob]
-        for start in range(at, upto, manifest.chunk_bytes):
-            self._send(route, Data(blob, start), raw[start : start + manifest.chunk_bytes])
+        raw = self.disk.read(("blobs", blob))
+        for start in range(at, upto, CHUNK_BYTES):
+            self._send(route, Data(blob, start), raw[start : min(upto, start + CHUNK_BYTES)])
 
     def _finish(self, effect: FinishPart) -> None:
-        raw = self._parts.pop(effect.part, None)
-        if raw is None:
-            return None  # its failure is on the way
-        if self._full():
-            return self._later(StoreFailed(effect.part, "no_space", "no space left on the disk"))
+        """Store an upload as the real store does: bytes, name, row."""
+        part = ("parts", effect.part)
         assert effect.upload is not None
-        self._keep(effect.blob, bytes(raw))
+        if not self.disk.has(part):
+            return  # its failure is on the way
+        self.disk.sync(part)
+        self._adopt(part, effect.blob)
         self._record(Update(effect.site, effect.part, effect.upload))
-        return self._later(Stored(effect.part))
+        self._perhaps_crash()
+        self._later(Stored(effect.part))
 
     def _aggregate(self, effect: Aggregate) -> None:
         self._checks.merging(effect)
-        if self._full():
-            return self._later(AggregateFailed(effect.task, "no space left on the disk"), 1.0)
-        updates = [(update.manifest, self.blobs[update.manifest.blob.id][1]) for update in effect.updates]
-        manifest, raw = merge(effect.manifest, updates)
-        self._keep(manifest, raw)
-        return self._later(Aggregated(effect.task, manifest), 1.0)
+        updates = tuple((update.manifest, self._read(update.manifest.blob)) for update in effect.updates)
+        life, (manifest, raw) = self.life, merge(effect.manifest, updates)
+        return self._clock.after(1.0, lambda: self._publish(effect.task, manifest, raw) if life == self.life else None)
 
-    def _keep(self, manifest: BlobManifest, raw: bytes) -> None:
-        self._checks.kept(self.blobs, manifest, raw)
-        self.blobs[manifest.id] = (manifest, raw)
+    def _publish(self, task: bytes, manifest: BlobManifest, raw: bytes) -> None:
+        if self.machine is None:
+            return None
+        draft = ("merge", task)
+        try:
+            self.disk.create(draft, len(raw))
+        except FullError:
+            return self.handle(AggregateFailed(task, NO_SPACE))
+        try:
+            self.disk.write(draft, 0, raw)
+            self._perhaps_crash()
+            self.disk.sync(draft)
+            self._adopt(draft, manifest)
+        except CrashedError:
+            return self.crash()
+        return self.handle(Aggregated(task, manifest))
+
+    def _adopt(self, source: tuple[str, bytes], manifest: BlobManifest) -> None:
+        self._perhaps_crash()
+        self.disk.rename(source, ("blobs", manifest.id))
+        self._perhaps_crash()
+        self.disk.sync_folders()
+        self._perhaps_crash()
 
     def _record(self, record: Record) -> None:
+        self.disk.need_space()
         self.records.append(record)
         self._checks.recorded(record)
+
+    def _manifests(self) -> dict[bytes, BlobManifest]:
+        """Return every blob that a record names; all are kept here, so that the end can look at each."""
+        history = replay(self.records)
+        uploads = [record.manifest.blob for record in self.records if isinstance(record, Update)]
+        results = [record.result for record in self.records if isinstance(record, RecordClosed)]
+        published = [history.model, history.bank, *results]
+        return {blob.id: blob for blob in [*uploads, *published] if blob is not None and blob.size}
+
+    def _read(self, manifest: BlobManifest) -> bytes:
+        if not manifest.size:
+            return b""
+        assert self.disk.has(("blobs", manifest.id)), "a blob is missing, but the ledger needs it"
+        raw = self.disk.read(("blobs", manifest.id))
+        assert is_intact(manifest, raw), "a blob that is on record is damaged"
+        return raw
+
+    def check_blobs(self) -> None:
+        """Look at every byte of every blob that is on record."""
+        for blob in self._manifests().values():
+            self._read(blob)

@@ -1,11 +1,23 @@
-"""A network that loses, repeats, reorders and delays, and cuts connections; and the clock that all go by."""
+"""A network that loses, repeats, reorders, delays, corrupts and splits; and the clock that all go by."""
 
 import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
-TICK_SECONDS = 2.0
+Deliver = Callable[[bytes, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spell:
+    """Something that lasts a while: some sites are cut off, or the disks of some are full."""
+
+    kind: Literal["cut off", "full"]
+    at: float
+    seconds: float
+    whom: frozenset[int]
+    """Sites by number; -1 is the coordinator."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +27,21 @@ class Faults:
     lose: float = 0.0
     repeat: float = 0.0
     delay: float = 0.0
+    corrupt: float = 0.0
+    """That up to three bits of a message flip: on real lines CURVE turns such a message into a lost one."""
     cut: float = 0.0
     """That a message breaks the connection that it is sent on."""
     crash_coordinator: float = 0.0
-    """Before one effect is carried out."""
+    """Before one effect is carried out, and before each step of storing one."""
     crash_site: float = 0.0
     disk_full: float = 0.0
     work_fails: float = 0.0
     outage: float = 20.0
     """Seconds, at most, until what crashed or was cut is back; above 60 the others go on without it."""
+    spells: tuple[Spell, ...] = ()
+    tick: float = 2.0
+    work: float = 10.0
+    """Seconds, at most, that a task takes."""
 
     @classmethod
     def of(cls, rng: random.Random) -> "Faults":
@@ -32,16 +50,28 @@ class Faults:
             "lose": 0.2,
             "repeat": 0.2,
             "delay": 0.5,
+            "corrupt": 0.1,
             "cut": 0.02,
-            "crash_coordinator": 0.01,
-            "crash_site": 0.01,
+            "crash_coordinator": 0.02,
+            "crash_site": 0.02,
             "disk_full": 0.1,
         }
         chances = {name: rng.random() * bound if rng.random() < 0.5 else 0.0 for name, bound in bounds.items()}
-        return cls(**chances, outage=rng.choice([5.0, 20.0, 200.0]))
+        spells = tuple(_spell(rng) for _ in range(rng.choice((0, 0, 1, 2))))
+        return cls(
+            **chances,
+            outage=rng.choice((2.0, 5.0, 20.0, 20.0, 200.0)),
+            spells=spells,
+            tick=rng.choice((2.0, 10.0, 25.0)),
+        )
 
 
-@dataclass
+def _spell(rng: random.Random) -> Spell:
+    whom = frozenset(rng.sample((-1, 0, 1, 2), rng.choice((1, 1, 2))))
+    return Spell(rng.choice(("cut off", "full")), rng.random() * 30, rng.choice((5.0, 20.0, 100.0)), whom)
+
+
+@dataclass(slots=True)
 class Clock:
     """What is to happen, in order of time."""
 
@@ -63,10 +93,33 @@ class Network:
 
     def __init__(self, clock: Clock, rng: random.Random, faults: Faults) -> None:
         self._clock, self._rng, self._faults = clock, rng, faults
+        self.cut_off: set[str] = set()
+        self.corrupted = 0
 
-    def carry(self, deliver: Callable[[], None]) -> None:
-        if self._rng.random() < self._faults.lose:
+    def carry(self, site: str, header: bytes, body: bytes, deliver: Deliver) -> None:
+        """Carry a message between this site and the coordinator."""
+        faults, chance = self._faults, self._rng.random
+        if site in self.cut_off or (faults.lose and chance() < faults.lose):
             return
-        for _ in range(2 if self._rng.random() < self._faults.repeat else 1):
-            late = self._rng.random() * 4 if self._rng.random() < self._faults.delay else 0.0
-            self._clock.after(0.01 + late, deliver)
+        if faults.corrupt and chance() < faults.corrupt:
+            header, body = self._corrupt(header, body)
+        self._later(faults, lambda: deliver(header, body))
+        if faults.repeat and chance() < faults.repeat:
+            self._later(faults, lambda: deliver(header, body))
+
+    def _later(self, faults: Faults, deliver: Callable[[], None]) -> None:
+        late = self._rng.random() * 4 if faults.delay and self._rng.random() < faults.delay else 0.0
+        self._clock.after(0.01 + late, deliver)
+
+    def _corrupt(self, header: bytes, body: bytes) -> tuple[bytes, bytes]:
+        self.corrupted += 1
+        if body and self._rng.random() < 0.5:
+            return header, self._flip(body)
+        return self._flip(header), body
+
+    def _flip(self, data: bytes) -> bytes:
+        flipped = bytearray(data)
+        for _ in range(self._rng.choice((1, 1, 2, 3))):
+            bit = self._rng.randrange(8 * len(data))
+            flipped[bit // 8] ^= 1 << bit % 8
+        return bytes(flipped)

@@ -1,9 +1,9 @@
-"""A site's daemon in the simulation: blobs, results and personal state outlast a crash, all else does not."""
+"""A site's daemon in the simulation: blobs and results outlast a crash as far as synced, all else does not."""
 
 import random
 from collections.abc import Callable
 
-from federation_builders import FEDERATION_SECRET, blob, curve, public, secret
+from federation_builders import FEDERATION_SECRET, curve, public, secret
 from fedoap.config import Plan
 from fedoap.messages import Chunk, FromSite
 from fedoap.protocol.events import (
@@ -30,8 +30,12 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
-from simulated.network import TICK_SECONDS, Clock, Faults
-from simulated.training import PERSONAL, arrays, train
+from simulated.coordinator import NO_SPACE, CrashedError
+from simulated.disk import Disk, FullError
+from simulated.network import Clock, Faults
+from simulated.training import result
+
+FEDERATION_KEY = public(FEDERATION_SECRET)
 
 
 class SiteProcess:
@@ -50,43 +54,51 @@ class SiteProcess:
     ) -> None:
         self.name, self._plan, self._clock, self._rng, self._faults = name, plan, clock, rng, faults
         self._say, self._gone = say, gone
-        self.blobs: dict[bytes, tuple[BlobManifest, bytes]] = {}
-        self._results: dict[bytes, tuple[BlobManifest, bytes]] = {}
-        self.personal = {PERSONAL: 0}
-        self._parts: dict[bytes, bytearray] = {}
+        self.disk = Disk(rng, faults.disk_full)
+        self._made: dict[bytes, BlobManifest] = {}
+        """What lies in `results`, by work; in reality a file in the same folder."""
         self._running: bytes = b""
         self.machine: Site | None = None
         self.life = 0
-        self.left: list[str] = []
+        self.crashes = 0
+        self.has_finished = False
         self.trained: list[bytes] = []
 
     def boot(self) -> None:
         self.life += 1
-        self._parts, self._running = {}, b""
-        key = public(FEDERATION_SECRET)
-        self.machine = Site(
-            "demo", self.name, key, secret(self.name), curve(self.name), have=frozenset(self.blobs), software="sim"
-        )
+        self._running = b""
+        self.disk.keep_only("parts", ())
+        have = frozenset(self.disk.names("blobs"))
+        key = secret(self.name)
+        self.machine = Site("demo", self.name, FEDERATION_KEY, key, curve(self.name), have=have, software="sim")
         self._tick(self.life)
 
     def handle(self, event: SiteEvent) -> None:
         if self.machine is None:
-            return None
-        for effect in self.machine.handle(event, self._clock.now):
-            if self._rng.random() < self._faults.crash_site:
-                return self.crash()
-            self._do(effect)
-        return None
+            return
+        try:
+            for effect in self.machine.handle(event, self._clock.now):
+                self._perhaps_crash()
+                self._do(effect)
+        except CrashedError:
+            self.crash()
 
     def crash(self) -> None:
+        self.crashes += 1
         self.machine = None
+        self.disk.crash()
         self._gone(self.name)
         self._clock.after(self._rng.random() * self._faults.outage, self.boot)
+
+    def _perhaps_crash(self) -> None:
+        chance = self._faults.crash_site
+        if chance and self._rng.random() < chance:
+            raise CrashedError
 
     def _tick(self, life: int) -> None:
         if life == self.life and self.machine is not None:
             self.handle(Tick())
-            self._clock.after(TICK_SECONDS, lambda: self._tick(life))
+            self._clock.after(self._faults.tick, lambda: self._tick(life))
 
     def _later(self, event: SiteEvent, seconds: float = 0.0) -> None:
         life = self.life
@@ -96,59 +108,98 @@ class SiteProcess:
         match effect:
             case Say(message, body):
                 self._say(self.name, message, body)
-            case SayChunk(upload, named, at, size):
-                raw = next(raw for manifest, raw in self._results.values() if manifest.id == named)
-                self._say(self.name, Chunk(upload, at), raw[at : at + size])
+            case SayChunk():
+                self._say_chunk(effect)
             case OpenPart(part, size):
-                self._parts[part] = bytearray(size)
+                self._open(part, size)
             case WritePart(part, at, data):
-                self._parts[part][at : at + len(data)] = data
-            case FinishPart(part, manifest):
-                self._finish(part, manifest)
+                self.disk.write(("parts", part), at, bytes(data))
+            case FinishPart(part):
+                self._finish(part)
             case DropPart(part):
-                self._parts.pop(part, None)
+                self.disk.remove(("parts", part))
             case StartWork(task, manifest):
                 self._start(task, manifest)
             case StopWork():
                 self._running = b""
             case Committed(_, manifest):
-                needed = {one.id for one in manifest.blobs}
-                self.blobs = {name: one for name, one in self.blobs.items() if name in needed}
-                self._results = {work: one for work, one in self._results.items() if work == manifest.work}
+                self.disk.keep_only("blobs", {one.id for one in manifest.blobs})
+                self.disk.keep_only("results", {manifest.work})
             case Leave(code):
-                self.left.append(code)
-            case Learned() | Note():
-                pass
+                self._leave(code)
+            case _:
+                assert isinstance(effect, Learned | Note)
 
-    def _finish(self, part: bytes, manifest: BlobManifest) -> None:
-        raw = bytes(self._parts.pop(part))
-        if self._rng.random() < self._faults.disk_full:
-            return self._later(BlobFailed(part, "no space left on the disk"))
-        self.blobs[part] = (manifest, raw)
+    def _say_chunk(self, effect: SayChunk) -> None:
+        work = next(work for work, manifest in self._made.items() if manifest.id == effect.blob)
+        raw = self.disk.read(("results", work))[effect.at : effect.at + effect.size]
+        self._say(self.name, Chunk(effect.upload, effect.at), raw)
+
+    def _leave(self, code: str) -> None:
+        """End; whoever runs the daemon starts it again, unless the federation has finished."""
+        if code == "finished":
+            self.has_finished = True
+        elif code != "stopped":
+            raise CrashedError
+
+    def _open(self, part: bytes, size: int) -> None:
+        try:
+            self.disk.create(("parts", part), size)
+        except FullError:
+            self._later(BlobFailed(part, NO_SPACE))
+
+    def _finish(self, part: bytes) -> None:
+        if not self.disk.has(("parts", part)):
+            return None  # its failure is on the way
+        try:
+            self.disk.need_space()  # for the manifest beside it
+        except FullError:
+            self.disk.remove(("parts", part))
+            return self._later(BlobFailed(part, NO_SPACE))
+        self._keep(("parts", part), ("blobs", part))
         return self._later(BlobStored(part))
 
+    def _keep(self, source: tuple[str, bytes], target: tuple[str, bytes]) -> None:
+        self.disk.sync(source)
+        self._perhaps_crash()
+        self.disk.rename(source, target)
+        self._perhaps_crash()
+        self.disk.sync_folders()
+        self._perhaps_crash()
+
     def _start(self, task: bytes, manifest: TaskManifest) -> None:
-        assert all(one.id in self.blobs for one in manifest.blobs), "work was started before its blobs were here"
+        have = self.disk.names("blobs")
+        assert all(one.id in have for one in manifest.blobs), "work was started before its blobs were here"
         assert not self._running, "work was started while other work ran"
-        if manifest.work in self._results:
+        if self.disk.has(("results", manifest.work)):
             return self._later(self._done(task, manifest))
         self._running, life = task, self.life
-        self._later(WorkProgress("train", 1, 2, 0.5, -1.0), 1.0)
-        self._clock.after(2 + 10 * self._rng.random(), lambda: self._work(task, manifest, life))
-        return None
+        if self._rng.random() < 0.25:
+            self._later(WorkProgress("train", 1, 2, 0.5, -1.0), 0.5)
+        return self._clock.after(
+            self._faults.work * (0.2 + 0.8 * self._rng.random()), lambda: self._work(task, manifest, life)
+        )
 
     def _work(self, task: bytes, manifest: TaskManifest, life: int) -> None:
         if life != self.life or self.machine is None or self._running != task:
             return None
         self._running = b""
-        if self._rng.random() < self._faults.work_fails:
+        if self._faults.work_fails and self._rng.random() < self._faults.work_fails:
             return self.handle(WorkFailed(task, "the worker ended"))
-        model = arrays(*self.blobs[manifest.model.id]) if manifest.model else {}
-        self._results[manifest.work] = blob(train(self.name, manifest, model, self._plan))
-        self.personal[PERSONAL] += 1
+        model = (manifest.model, self.disk.read(("blobs", manifest.model.id))) if manifest.model else None
+        made, raw = result(self.name, manifest, model, self._plan)
+        self._made[manifest.work] = made
+        draft, place = ("drafts", manifest.work), ("results", manifest.work)
+        try:
+            self.disk.create(draft, len(raw))
+            self.disk.write(draft, 0, raw)
+            self._keep(draft, place)
+        except FullError:
+            return self.handle(WorkFailed(task, NO_SPACE))
+        except CrashedError:
+            return self.crash()
         self.trained.append(manifest.work)
         return self.handle(self._done(task, manifest))
 
     def _done(self, task: bytes, manifest: TaskManifest) -> WorkDone:
-        made, _ = self._results[manifest.work]
-        return WorkDone(task, UploadManifest(task, self.name, 12, (("loss", 0.5),), made))
+        return WorkDone(task, UploadManifest(task, self.name, 12, (("loss", 0.5),), self._made[manifest.work]))
