@@ -33,6 +33,7 @@ class Blobs:
         self._open: dict[bytes, int] = {}
         for folder in (self._blobs, self._parts):
             folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(state)  # else a power cut may take the folder away from around a synced blob
         for leftover in self._parts.iterdir():
             leftover.unlink()
 
