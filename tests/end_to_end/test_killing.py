@@ -69,14 +69,24 @@ def shake(federation: "Federation", rng: random.Random, kills: dict[str, int]) -
     """Kill a daemon every now and then, and start it again, until there was enough of it or the run is over."""
     start_all(federation)
     while sum(kills.values()) < KILLS and not has_finished(federation):
-        time.sleep(rng.random() * LONGEST_PAUSE_SECONDS)
-        victim = rng.choice(["coordinator", *federation.sites])
+        wait_a_while(federation, rng)
+        victim = rng.choice(("coordinator", rng.choice(federation.sites)))
         if federation.processes[victim].poll() is not None:
             return
         federation.kill(victim)
         kills["coordinator" if victim == "coordinator" else "node"] += 1
         time.sleep(rng.choice((0.0, rng.random())))
         start(federation, victim)
+
+
+def wait_a_while(federation: "Federation", rng: random.Random) -> None:
+    """Let some time pass; every other time until shortly after something happened at the coordinator."""
+    deadline = time.monotonic() + rng.random() * LONGEST_PAUSE_SECONDS
+    so_far, waits_for_news = len(federation.log("coordinator")), rng.random() < 0.5
+    while time.monotonic() < deadline and not (waits_for_news and len(federation.log("coordinator")) > so_far):
+        time.sleep(0.005)
+    if waits_for_news:
+        time.sleep(0.8 * rng.random() ** 2)
 
 
 def run_to_the_end(federation: "Federation") -> "Federation":
