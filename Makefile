@@ -3,6 +3,7 @@
 #   make test    the tests, and the wheel in a clean environment
 #   make check   formatting, lint, types, import contracts
 #   make bench   benchmarks
+#   make soak    the fault tests at length: hours; SOAK="--only kills --kills 100" for less
 #   make wheel   dist/fedoap-*.whl and .tar.gz
 # Another Python than python3:  make test PYTHON=python3.12
 
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 # the oldest Triton that kernels are compiled with, beside the installed one
 OTHER := $(VENV)/triton-3.6.0
 
-.PHONY: demo test check bench wheel setup clean
+.PHONY: demo test check bench soak wheel setup clean
 
 demo: $(READY)
 	$(BIN)/fedoap demo --out demo --overwrite
@@ -30,6 +31,9 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -Im pytest benchmarks --benchmark-only
 	$(BIN)/python benchmarks/rounds.py
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist .

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_no_power_cut_loses_what_was_acknowledged(fast_folder: Path) -> None:
 
     assert len(recorder.said) == 6
     assert states > 500
+    sys.stdout.write(f"\npower cuts: {states} states of a folder at {len(recorder.moments)} steps: nothing lost\n")
 
 
 @pytest.mark.parametrize(

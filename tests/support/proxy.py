@@ -41,7 +41,7 @@ class Proxy:
     cuts_made: int = 0
 
     def __enter__(self) -> Self:
-        self._rng = random.Random(self.seed)
+        self._rng, self._writers = random.Random(self.seed), set[asyncio.StreamWriter]()
         self._loop = asyncio.new_event_loop()
         ready = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,))
@@ -68,10 +68,11 @@ class Proxy:
         ready.set()
         await self._over.wait()
         server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        if others:
+            await asyncio.wait(others, timeout=5)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -85,6 +86,7 @@ class Proxy:
             self._pass(up_reader, writer, float("inf"), is_up=False),
         ]
         tasks = [asyncio.ensure_future(way) for way in ways]
+        self._writers |= {writer, up_writer}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -92,6 +94,7 @@ class Proxy:
                 task.cancel()
             for one in (writer, up_writer):
                 one.transport.abort()
+                self._writers.discard(one)
 
     async def _pass(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, left: float, *, is_up: bool
