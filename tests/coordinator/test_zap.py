@@ -11,6 +11,7 @@ import zmq
 from fedoap.errors import IdentityError
 from fedoap.identity import KeyPair, Member, Roster, curve_keys
 from fedoap.messages import Bye, encode
+from fedoap_coordinator import port as port_module
 from fedoap_coordinator.ledger import Invite
 from fedoap_coordinator.port import Arrived, Port
 from fedoap_coordinator.zap import DOMAIN, Doors, Invitee, Site, Zap
@@ -188,6 +189,52 @@ def test_a_site_that_takes_anothers_routing_id_gets_neither_its_name_nor_its_ans
     assert server.port.send(first.route, Bye())  # type: ignore[arg-type]
     assert honest.poll(2000)
     assert not robber.poll(100)
+
+
+def test_with_handover_on_a_thief_would_get_the_answers(
+    dial: Dial, server: Server, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test above looks for, at a port with the defect planted."""
+
+    def configure(socket: "zmq.Socket[bytes]", keys: KeyPair) -> None:
+        right(socket, keys)
+        socket.router_handover = True
+
+    right = port_module._configure
+    monkeypatch.setattr(port_module, "_configure", configure)
+    open_handed = Port(context, SERVER, no_blob)
+    endpoint = open_handed.bind("tcp://127.0.0.1:*", None)
+    owner, thief = new_keys(), new_keys()
+    server.zap.doors = Doors.of(members(hospital_a=owner, hospital_b=thief), ())
+    say(dial(endpoint, owner, b"hospital_a"))
+    assert open_handed.socket.poll(2000)
+    (first,) = open_handed.receive()
+    robber = dial(endpoint, thief, b"hospital_a")
+    say(robber)
+    assert open_handed.socket.poll(2000)
+
+    assert open_handed.send(first.route, Bye())  # type: ignore[arg-type]
+
+    assert robber.poll(2000)
+    open_handed.close()
+
+
+def test_without_a_domain_that_is_enforced_a_stranger_would_be_let_in(
+    dial: Dial, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted defect to `our_port_lets_nobody_in_when_no_handler_runs`."""
+
+    def configure(socket: "zmq.Socket[bytes]", keys: KeyPair) -> None:
+        right(socket, keys)
+        socket.zap_enforce_domain = False
+
+    right = port_module._configure
+    monkeypatch.setattr(port_module, "_configure", configure)
+    port = Port(context, SERVER, no_blob)
+    say(dial(port.bind("tcp://127.0.0.1:*", None), new_keys()))
+
+    assert port.socket.poll(2000)
+    port.close()
 
 
 def test_a_site_that_names_itself_another_is_known_by_its_key(dial: Dial, server: Server) -> None:

@@ -80,7 +80,7 @@ class Proxy:
         except OSError:
             writer.close()
             return
-        left = self._rng.expovariate(1 / self.line.cut_after) if self.line.cut_after else float("inf")
+        left = self.line.cut_after * self._rng.uniform(0.8, 1.2) if self.line.cut_after else float("inf")
         ways = [
             self._pass(reader, up_writer, left, is_up=True),
             self._pass(up_reader, writer, float("inf"), is_up=False),
