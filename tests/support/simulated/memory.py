@@ -14,6 +14,7 @@ import pytest
 from federation_builders import CHUNK_BYTES
 from fedoap.config import Plan
 from fedoap.identity import is_signed, sign
+from fedoap.messages import decode_from_coordinator, decode_from_site, encode
 from fedoap.protocol.assignment import read_plan
 from fedoap.transfer import Receiver
 
@@ -37,5 +38,7 @@ def many_worlds() -> Iterator[None]:
         for module in VERIFIERS:
             patch.setattr(f"fedoap.protocol.{module}.is_signed", remembered_check)
         patch.setattr("fedoap.protocol.site.read_plan", lru_cache(64)(read_plan))
+        for function in (encode, decode_from_site, decode_from_coordinator):
+            patch.setattr(f"simulated.world.{function.__name__}", lru_cache(ENTRIES)(function))
         patch.setattr(Plan, "to_bytes", lru_cache(64)(Plan.to_bytes))
         yield

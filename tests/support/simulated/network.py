@@ -60,7 +60,7 @@ class Faults:
         spells = tuple(_spell(rng) for _ in range(rng.choice((0, 0, 1, 2))))
         return cls(
             **chances,
-            outage=rng.choice((2.0, 5.0, 20.0, 20.0, 200.0)),
+            outage=rng.choice((2.0, 5.0, 5.0, 20.0, 20.0, 20.0, 200.0)),
             spells=spells,
             tick=rng.choice((2.0, 10.0, 25.0)),
         )

@@ -20,9 +20,9 @@ ONLY_TRAINING = config(attempts=ATTEMPTS, quorum=2, rounds=1, has_bank=False)
 
 def federation_of(seed: int) -> FederationConfig:
     """Return whose faults the seed tells: most are small, so that there can be many."""
-    if seed % 40 == 0:
-        return EVERYONE if seed % 80 else TWO_OF_THREE
-    return ONLY_TRAINING if seed % 16 == 1 else SMALL
+    if seed % 100 == 0:
+        return EVERYONE if seed % 200 else TWO_OF_THREE
+    return ONLY_TRAINING if seed % 20 == 1 else SMALL
 
 
 def faults_of(seed: int) -> Faults:
