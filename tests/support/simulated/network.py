@@ -17,7 +17,7 @@ class Spell:
     at: float
     seconds: float
     whom: frozenset[int]
-    """Sites by number; -1 is the coordinator."""
+    """Sites by number; -1 is the coordinator, who is cut off from all of them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Faults:
             **chances,
             outage=rng.choice((2.0, 5.0, 5.0, 20.0, 20.0, 20.0, 200.0)),
             spells=spells,
-            tick=rng.choice((2.0, 10.0, 25.0)),
+            tick=rng.choice((2.0, 10.0, 10.0, 25.0)),
         )
 
 

@@ -102,6 +102,7 @@ class World:
     def _begin(self, spell: Spell) -> None:
         names = [name for number, name in enumerate(self.sites) if number in spell.whom]
         if spell.kind == "cut off":
+            names = list(self.sites) if -1 in spell.whom else names
             self.network.cut_off.update(names)
             self.clock.after(NOTICED_SECONDS, lambda: self._notice(names))
             self.clock.after(spell.seconds, lambda: self.network.cut_off.difference_update(names))
