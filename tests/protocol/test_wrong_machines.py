@@ -24,7 +24,7 @@ from simulated.memory import many_worlds
 from simulated.network import Faults
 from simulated.schedules import EVERYONE, ONLY_TRAINING
 
-SEEDS = 40
+SEEDS = 80
 
 
 @pytest.fixture(autouse=True)
@@ -207,7 +207,9 @@ def test_the_same_storms_do_a_right_machine_no_harm() -> None:
 
 def _storms() -> None:
     """Rough worlds, in which sites are away for longer than they are waited for."""
-    rough = Faults(0.1, 0.1, 0.3, corrupt=0.05, cut=0.05, crash_coordinator=0.02, crash_site=0.02, work_fails=0.05)
+    rough = Faults(
+        0.1, 0.1, 0.3, corrupt=0.05, cut=0.05, crash_coordinator=0.02, crash_site=0.02, work_fails=0.05, outage=200.0
+    )
     for seed in range(1, SEEDS):
         schedules.run(EVERYONE, seed, Faults.of(random.Random(seed)))
         schedules.run(ONLY_TRAINING, seed, rough)
