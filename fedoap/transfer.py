@@ -4,10 +4,9 @@ A blob travels in its manifest's chunks, in order, at absolute offsets. Nothing 
 is checked as it passes and written by whoever called, so memory does not grow with the model. A chunk
 that is lost, repeated or out of order costs time only.
 
-What is to come fits in at these places: durable resume is a `Receiver` that starts at a recorded offset
-(`at`, and the `FiniteScan` told the tail of the bytes before it); a seal is opened in `Receiver.take`
-before the hash is compared; a secure sum's masked integers are tensors of a dtype that `FiniteScan`
-passes over.
+A transfer that a restart cut short goes on at a recorded offset: its `Receiver` starts there, told the
+`tail` of the bytes before it, because a number may straddle the two. What is to come fits in here: a
+secure sum's masked integers are tensors of a dtype that `FiniteScan` passes over.
 """
 
 import hashlib
@@ -22,6 +21,10 @@ from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 
 WINDOW_CHUNKS = 8
 """Chunks that may be under way at a time, for each upload and each download."""
+CHECKPOINT_CHUNKS = 32
+"""After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
+TAIL_BYTES = max(ITEM_BYTES.values()) - 1
+"""The longest start of a number that lies before an offset."""
 QUIET_SECONDS = 10.0
 """A download that stood still for so long is asked for again; the pause doubles up to a minute."""
 LONGEST_QUIET_SECONDS = 60.0
@@ -31,14 +34,19 @@ Range: TypeAlias = tuple[int, int]
 
 
 class FiniteScan:
-    """Looks for floats that are not finite in a blob whose bytes come by in order."""
+    """Looks for floats that are not finite in a blob whose bytes come by in order, from byte `at` on.
+
+    `tail` is what lies before `at`: at least the last `TAIL_BYTES`, or all there are.
+    """
 
     __slots__ = ("_blob", "_carry", "_runs")
 
-    def __init__(self, blob: BlobManifest) -> None:
+    def __init__(self, blob: BlobManifest, at: int = 0, tail: bytes = b"") -> None:
         self._blob = blob
         self._runs = _float_runs(blob)
-        self._carry = b""  # the start of an element that the next chunk completes
+        begun = _begun(self._runs, at)
+        assert begun <= len(tail), "the tail must reach back to where the number begins"
+        self._carry = tail[len(tail) - begun :]  # the start of an element that the next chunk completes
 
     def first_bad(self, at: int, body: memoryview) -> str | None:
         """Return the tensor that holds the first number that is not finite in the blob's next bytes."""
@@ -70,11 +78,19 @@ class Receiver:
 
     __slots__ = ("_scan", "_window", "at", "blob", "upto")
 
-    def __init__(self, blob: BlobManifest, *, finite: bool = True, window_chunks: int = WINDOW_CHUNKS) -> None:
+    def __init__(
+        self,
+        blob: BlobManifest,
+        *,
+        finite: bool = True,
+        window_chunks: int = WINDOW_CHUNKS,
+        at: int = 0,
+        tail: bytes = b"",
+    ) -> None:
         self.blob = blob
-        self.at = self.upto = 0
+        self.at = self.upto = at
         self._window = window_chunks * blob.chunk_bytes
-        self._scan = FiniteScan(blob) if finite else None
+        self._scan = FiniteScan(blob, at, tail) if finite else None
 
     @property
     def is_complete(self) -> bool:
@@ -240,6 +256,11 @@ def _float_runs(blob: BlobManifest) -> list[tuple[int, int, Dtype]]:
             runs.append((at, stop, dtype))
         at = stop
     return runs
+
+
+def _begun(runs: list[tuple[int, int, Dtype]], at: int) -> int:
+    """Return how many bytes before `at` belong to a float that goes on after it."""
+    return next(((at - start) % ITEM_BYTES[dtype] for start, stop, dtype in runs if start < at < stop), 0)
 
 
 def _dtype(spec: TensorSpec) -> Dtype:

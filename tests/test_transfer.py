@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedoap.errors import RefusedError
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
-from fedoap.transfer import Admission, Fetcher, FiniteScan, Receiver, Sender
+from fedoap.transfer import TAIL_BYTES, Admission, Fetcher, FiniteScan, Receiver, Sender
 
 CHUNK = 8
 ONES: dict[Dtype, bytes] = {"float32": b"\0\0\x80\x3f", "bfloat16": b"\x80\x3f", "int64": b"\xff" * 8}
@@ -61,6 +61,43 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_lies(
     found = [scan.first_bad(at, view[at : at + chunk]) for at in range(0, len(raw), chunk)]
 
     assert [name for name in found if name] == ([bad.name] if bad else [])
+
+
+@given(tables(), st.data())
+def test_a_number_that_straddles_the_point_where_a_receiver_goes_on_is_still_looked_at(
+    table: tuple[list[TensorSpec], int], data: st.DataObject
+) -> None:
+    """Planted bugs: a carry that starts empty; one counted from the start of the blob instead of its run's."""
+    specs, chunk = table
+    raw = bytearray(b"".join(ONES[spec.dtype] * spec.shape[0] for spec in specs))
+    at = chunk * data.draw(st.integers(0, len(raw) // chunk))
+    floats = [
+        (spec, place)
+        for spec, start in _blob(specs, b"").offsets()
+        if spec.dtype != "int64"
+        for place in range(start, start + spec.size, ITEM_BYTES[spec.dtype])
+        if place + ITEM_BYTES[spec.dtype] > at
+    ]
+    bad = data.draw(st.sampled_from([*floats, None]))
+    if bad is not None:
+        raw[bad[1] : bad[1] + ITEM_BYTES[bad[0].dtype]] = data.draw(st.sampled_from(NOT_FINITE[bad[0].dtype]))
+    view = memoryview(raw)
+    scan = FiniteScan(_blob(specs, bytes(raw), chunk), at, bytes(raw[max(0, at - TAIL_BYTES) : at]))
+
+    found = [scan.first_bad(start, view[start : start + chunk]) for start in range(at, len(raw), chunk)]
+
+    assert [name for name in found if name] == ([bad[0].name] if bad else [])
+
+
+def test_a_receiver_that_goes_on_wants_the_byte_at_which_it_stood() -> None:
+    blob, raw = _floats(6)
+    receiver = Receiver(blob, at=8, tail=raw[1:8])
+    receiver.grant()
+
+    taken = [_take(receiver, raw, at) for at in (0, 16, 8, 16)]
+
+    assert taken == ["repeated", "gap", "new", "new"]
+    assert receiver.is_complete
 
 
 def test_of_two_bad_tensors_the_first_is_named() -> None:

@@ -268,7 +268,8 @@ class Coordinator:
     def _stop(self) -> Effects:
         self._is_stopping = True
         routes = [self._attendance.route(site) for site in self._config.sites]
-        return [Send(route, Refuse("stopping", STOPPING)) for route in routes if route is not None]
+        farewell = [Send(route, Refuse("stopping", STOPPING)) for route in routes if route is not None]
+        return [*self._rounds.uploads.keep(), *farewell]
 
     def _refuse(self, event: Received | Malformed, error: RefusedError, about: bytes, now: float) -> Effects:
         code, reason = cast(RefusalCode, error.code), str(error)[:MOST_TEXT]

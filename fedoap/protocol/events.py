@@ -108,10 +108,11 @@ class SendBlob:
 
 @dataclass(frozen=True, slots=True)
 class OpenPart:
-    """Make room for an upload (or, at a site, a blob) of so many bytes on disk."""
+    """Make room for an upload (or, at a site, a blob) of so many bytes on disk; those before `at` are there already."""
 
     part: bytes
     size: int
+    at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,17 @@ class WritePart:
     part: bytes
     at: int
     data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPart:
+    """Make an upload durable as far as byte `at`, then write down that it is: a restart goes on from there."""
+
+    part: bytes
+    at: int
+    upload: UploadManifest
+    site: str
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +160,18 @@ class Update:
     site: str
     upload: bytes
     manifest: UploadManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """An upload that a restart cut short: durable as far as byte `at`, before which lies `tail`."""
+
+    site: str
+    upload: bytes
+    manifest: UploadManifest
+    signature: bytes
+    at: int
+    tail: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +213,17 @@ class Note:
 
 
 CoordinatorEffect: TypeAlias = (
-    Send | SendBlob | OpenPart | WritePart | FinishPart | DropPart | Aggregate | RecordOpened | RecordClosed | Note
+    Send
+    | SendBlob
+    | OpenPart
+    | WritePart
+    | SyncPart
+    | FinishPart
+    | DropPart
+    | Aggregate
+    | RecordOpened
+    | RecordClosed
+    | Note
 )
 
 

@@ -103,6 +103,8 @@ class Rounds:
         opened = self.history.open
         if opened is not None:
             self.exchange = Exchange(opened.manifest, opened.task, now, self._quorum(opened.manifest))
+            for arriving in opened.arriving:
+                self.uploads.resume(arriving, now)
         return self.change_roster(self.roster)
 
     def change_roster(self, roster: Roster) -> Effects:

@@ -2,16 +2,27 @@
 
 At most `at_once` uploads hold credit, of one window each, so what can be on its way to the coordinator
 is bounded whatever the number of sites. One upload a site is known at a time. It survives a broken
-connection: offered again, it goes on at the byte expected next.
+connection: offered again, it goes on at the byte expected next. It survives a restart as well, which
+goes on where the upload was last made durable.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedoap import transfer
 from fedoap.errors import RefusedError
 from fedoap.messages import Chunk, Commit, Credit, Go, Wait
-from fedoap.protocol.events import CoordinatorEffect, DropPart, FinishPart, OpenPart, Send, WritePart
+from fedoap.protocol.events import (
+    Arriving,
+    CoordinatorEffect,
+    DropPart,
+    FinishPart,
+    OpenPart,
+    Send,
+    SyncPart,
+    WritePart,
+)
 from fedoap.tensors import UploadManifest
 from fedoap.transfer import Admission, Receiver
 
@@ -32,6 +43,8 @@ class Upload:
     moved_at: float
     state: Literal["waiting", "receiving", "finishing"] = "waiting"
     is_open: bool = False
+    durable: int = 0
+    """As far as a restart would go on from."""
     asked_at: int = field(default=-1)
     """Where the last gap was answered, so that the rest of its window is not answered again."""
 
@@ -51,6 +64,14 @@ class Uploads:
     def named(self, upload: bytes) -> Upload | None:
         """Return the upload of this id."""
         return next((one for one in self._of.values() if one.id == upload), None)
+
+    def resume(self, arriving: Arriving, now: float) -> None:
+        """Know of an upload that was under way before a restart; it goes on once its site offers it again."""
+        blob, at = arriving.manifest.blob, arriving.at
+        receiver = Receiver(blob, at=at, tail=arriving.tail)
+        upload, signature = arriving.upload, arriving.signature
+        one = Upload(arriving.site, upload, arriving.manifest, signature, b"", receiver, now, durable=at)
+        self._of[arriving.site] = one
 
     def offer(
         self, manifest: UploadManifest, upload: bytes, signature: bytes, route: bytes, now: float
@@ -86,7 +107,7 @@ class Uploads:
             case "new":
                 one.moved_at = now
                 written = WritePart(one.id, message.at, body)
-                return [written, _finish(one) if one.receiver.is_complete else _credit(one)]
+                return [written, *([_finish(one)] if one.receiver.is_complete else [*_checkpoint(one), _credit(one)])]
             case "repeated":
                 return [Send(one.route, Credit(one.id, one.receiver.upto))]
             case "gap":
@@ -110,6 +131,11 @@ class Uploads:
         self._of.clear()
         self._admission = Admission(self._at_once)
         return effects
+
+    def keep(self) -> list[CoordinatorEffect]:
+        """Make all that has arrived durable: the coordinator is about to end."""
+        under_way = [one for one in self._of.values() if one.is_open and one.state != "finishing"]
+        return [_sync(one) for one in under_way if one.receiver.at > one.durable]
 
     def make_room(self, now: float) -> list[CoordinatorEffect]:
         """Let an upload that stands still wait behind the others."""
@@ -139,7 +165,8 @@ class Uploads:
 
 
 def _admit(one: Upload, now: float) -> list[CoordinatorEffect]:
-    effects: list[CoordinatorEffect] = [] if one.is_open else [OpenPart(one.id, one.manifest.blob.size)]
+    opened = OpenPart(one.id, one.manifest.blob.size, one.receiver.at)
+    effects: list[CoordinatorEffect] = [] if one.is_open else [opened]
     one.is_open, one.asked_at = True, -1
     if one.state == "waiting":
         one.state, one.moved_at = "receiving", now
@@ -151,6 +178,16 @@ def _admit(one: Upload, now: float) -> list[CoordinatorEffect]:
 def _finish(one: Upload) -> FinishPart:
     one.state = "finishing"
     return FinishPart(one.id, one.manifest.blob, one.manifest, one.site, one.signature)
+
+
+def _checkpoint(one: Upload) -> list[CoordinatorEffect]:
+    step = transfer.CHECKPOINT_CHUNKS * one.manifest.blob.chunk_bytes
+    return [_sync(one)] if one.receiver.at - one.durable >= step else []
+
+
+def _sync(one: Upload) -> SyncPart:
+    one.durable = one.receiver.at
+    return SyncPart(one.id, one.durable, one.manifest, one.site, one.signature)
 
 
 def _credit(one: Upload) -> Send:
@@ -165,4 +202,4 @@ def _mind_the_gap(one: Upload) -> list[CoordinatorEffect]:
 
 
 def _has_part(one: Upload) -> bool:
-    return one.is_open and one.state != "finishing"
+    return (one.is_open or one.durable > 0) and one.state != "finishing"

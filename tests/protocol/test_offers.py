@@ -14,9 +14,12 @@ from fedoap.protocol.events import (
     Aggregate,
     DropPart,
     FinishPart,
+    OpenPart,
     RosterChanged,
     Send,
+    Stopping,
     StoreFailed,
+    SyncPart,
     WritePart,
 )
 from simulated.training import SHAPES
@@ -263,6 +266,51 @@ def test_an_upload_goes_on_where_it_was_on_a_new_connection(desk: Desk) -> None:
     answers = desk.say("alpha", offer_of(manifest, "alpha"), manifest.pack(), route=b"alpha again")
 
     assert answers == [Go(upload, 64, len(raw))]
+
+
+def test_an_upload_goes_on_where_it_was_durable_after_a_restart(desk: Desk) -> None:
+    manifest, raw = desk.result("alpha", GOOD)
+    upload = hashlib.sha256(manifest.pack()).digest()
+    desk.offer("alpha", manifest)
+    desk.say("alpha", Chunk(upload, 0), raw[:64])
+    desk.boot()
+    desk.join(*desk.config.sites)
+
+    answers = desk.offer("alpha", manifest)
+
+    assert answers == [Go(upload, 64, len(raw))]
+    assert OpenPart(upload, len(raw), 64) in desk.effects
+    desk.say("alpha", Chunk(upload, 64), raw[64:128])
+    assert desk.say("alpha", Chunk(upload, 128), raw[128:]) == [Commit(upload)]
+
+
+def test_after_a_restart_a_site_may_come_back_with_another_result(desk: Desk) -> None:
+    lost, raw = desk.result("alpha", GOOD)
+    upload = hashlib.sha256(lost.pack()).digest()
+    desk.offer("alpha", lost)
+    desk.say("alpha", Chunk(upload, 0), raw[:64])
+    desk.boot()
+    desk.join(*desk.config.sites)
+    fresh, _ = desk.result("alpha", {**GOOD, "norm.bias": np.zeros(3, np.float32)})
+
+    assert desk.offer("alpha", fresh) == [Go(hashlib.sha256(fresh.pack()).digest(), 0, len(raw))]
+    assert DropPart(upload) in desk.effects
+
+
+def test_what_has_arrived_is_made_durable_before_the_coordinator_ends(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedoap.transfer.CHECKPOINT_CHUNKS", 32)
+    manifest, raw = desk.result("alpha", GOOD)
+    upload = hashlib.sha256(manifest.pack()).digest()
+    desk.offer("alpha", manifest)
+    written = desk.handle_say("alpha", Chunk(upload, 0), raw[:64])
+    assert not [one for one in written if isinstance(one, SyncPart)]
+
+    effects = desk.handle(Stopping())
+
+    (sync,) = [one for one in effects if isinstance(one, SyncPart)]
+    assert (sync.part, sync.at, sync.upload, sync.site) == (upload, 64, manifest, "alpha")
 
 
 def test_a_third_upload_waits_until_one_of_two_is_done(desk: Desk) -> None:

@@ -12,14 +12,15 @@ from functools import cache
 
 import pytest
 
-from federation_builders import config
+from federation_builders import CHUNK_BYTES, config
 from fedoap.config import FederationConfig
-from fedoap.protocol.events import Update
+from fedoap.protocol.events import Arriving, CoordinatorEffect, SyncPart, Update
 from fedoap.protocol.exchange import Exchange, Tally
 from fedoap.protocol.hand import Hand
 from fedoap.protocol.history import History, OpenExchange, Record
 from fedoap.protocol.history import after as history_after
 from fedoap.protocol.rounds import Rounds
+from fedoap.protocol.uploads import Uploads
 from fedoap.tensors import TaskManifest
 from fedoap.transfer import Admission, Range, Receiver, Sender
 from simulated.network import Faults
@@ -175,6 +176,27 @@ def _is_content_with_less_than_a_quorum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rounds, "_quorum", one_less)
 
 
+def _says_durable_before_it_is(patch: pytest.MonkeyPatch) -> None:
+    def chunk(self: Uploads, *args: object) -> list[CoordinatorEffect]:
+        return sorted(right(self, *args), key=lambda effect: not isinstance(effect, SyncPart))  # type: ignore[arg-type]
+
+    right = Uploads.chunk
+    patch.setattr(Uploads, "chunk", chunk)
+
+
+def _goes_on_after_a_gap(patch: pytest.MonkeyPatch) -> None:
+    """Resume from an offset that nobody recorded."""
+
+    def resume(self: Uploads, arriving: Arriving, now: float) -> None:
+        blob = arriving.manifest.blob
+        right(
+            self, replace(arriving, at=min(blob.size // CHUNK_BYTES, arriving.at // CHUNK_BYTES + 1) * CHUNK_BYTES), now
+        )
+
+    right = Uploads.resume
+    patch.setattr(Uploads, "resume", resume)
+
+
 @pytest.mark.parametrize(
     ("plant", "caught"),
     [
@@ -186,6 +208,8 @@ def _is_content_with_less_than_a_quorum(patch: pytest.MonkeyPatch) -> None:
         (_announces_before_recording, "a task was sent that is not on record"),
         (_commits_what_is_not_durable, "an upload was committed that is not durable"),
         (_forgets_what_was_committed, "no end in sight"),
+        (_says_durable_before_it_is, "bytes are not those of its manifest"),
+        (_goes_on_after_a_gap, "goes on where it is not known to be durable"),
         (_sends_a_personal_part, "a personal parameter's name occurs"),
         (_is_content_with_less_than_a_quorum, "merged without a quorum"),
     ],

@@ -15,6 +15,7 @@ from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
     Aggregated,
+    Arriving,
     CoordinatorEffect,
     CoordinatorEvent,
     FinishPart,
@@ -23,8 +24,10 @@ from fedoap.protocol.events import (
     RecordOpened,
     Send,
     Stored,
+    SyncPart,
     Tick,
     Update,
+    WritePart,
 )
 from fedoap.protocol.history import History, OpenExchange, Record, after
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
@@ -49,6 +52,8 @@ class Desk:
     def __post_init__(self) -> None:
         self.now = 100.0
         self.effects: list[CoordinatorEffect] = []
+        self.parts: dict[bytes, bytes] = {}
+        self.arriving: list[Arriving] = []
         self._count = 0
         self.boot()
 
@@ -67,7 +72,7 @@ class Desk:
     @property
     def history(self) -> History:
         history = History()
-        for record in self.records:
+        for record in [*self.records, *self.arriving]:
             history = after(history, record)
         return history
 
@@ -164,6 +169,11 @@ class Desk:
             match effect:
                 case RecordOpened() | RecordClosed():
                     self.records.append(effect)
+                case WritePart(part, at, data):
+                    self.parts[part] = self.parts.get(part, b"")[:at] + bytes(data)
+                case SyncPart(part, at, upload, site, signature):
+                    tail = self.parts[part][:at][-7:]
+                    self.arriving = [Arriving(site, part, upload, signature, at, tail)]
                 case FinishPart(part, _, UploadManifest() as upload, site) if self.stores:
                     self.records.append(Update(site, part, upload))
                     self._carry_out(self.machine.handle(Stored(part), self.now))

@@ -1,5 +1,7 @@
 """What must hold after every step of every world; written without the code that it checks."""
 
+import hashlib
+
 from fedoap.config import FederationConfig
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
 from fedoap.protocol.coordinator import Coordinator
@@ -84,6 +86,12 @@ class Checks:
         assert len(open_bytes) <= self._config.coordinator.uploads_at_once, "too many uploads hold credit"
         most = WINDOW_CHUNKS * chunk_bytes
         assert all(size <= most for size in open_bytes), "an upload holds more than one window of credit"
+
+    def stored(self, manifest: BlobManifest, raw: bytes) -> None:
+        hashes = [
+            hashlib.sha256(raw[at:][: manifest.chunk_bytes]).digest() for at in range(0, len(raw), manifest.chunk_bytes)
+        ]
+        assert b"".join(hashes) == manifest.hashes, "an upload was stored whose bytes are not those of its manifest"
 
     def kept(self, blobs: Blobs, manifest: BlobManifest, raw: bytes) -> None:
         if manifest.id in blobs:

@@ -1,4 +1,7 @@
-"""The coordinator's daemon in the simulation: records and blobs outlast a crash, all else does not."""
+"""The coordinator's daemon in the simulation: records and blobs outlast a crash, all else does not.
+
+Of an upload under way a crash leaves what was made durable, and of the rest what chance will have.
+"""
 
 import random
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from fedoap.protocol.events import (
     Aggregate,
     Aggregated,
     AggregateFailed,
+    Arriving,
     CoordinatorEffect,
     CoordinatorEvent,
     DropPart,
@@ -23,6 +27,7 @@ from fedoap.protocol.events import (
     SendBlob,
     Stored,
     StoreFailed,
+    SyncPart,
     Tick,
     Update,
     WritePart,
@@ -57,14 +62,14 @@ class CoordinatorProcess:
         self.records: list[Record] = []
         self.blobs: dict[bytes, tuple[BlobManifest, bytes]] = {}
         self._parts: dict[bytes, bytearray] = {}
+        self._synced: dict[bytes, tuple[SyncPart, bytes]] = {}
         self.machine: Coordinator | None = None
         self.life = 0
         self.crashes = 0
 
     def boot(self) -> None:
         self.life += 1
-        self._parts = {}
-        history = replay(self.records)
+        history = replay([*self.records, *self._arriving()])
         self.machine = Coordinator(
             self._config,
             roster(),
@@ -98,8 +103,30 @@ class CoordinatorProcess:
     def crash(self) -> None:
         self.crashes += 1
         self.machine = None
+        self._parts = {part: self._left(part, data) for part, data in self._parts.items() if part in self._synced}
         self._gone()
         self._clock.after(self._rng.random() * self._faults.outage, self.boot)
+
+    def _left(self, part: bytes, data: bytearray) -> bytearray:
+        """What the disk holds after a crash: a chunk that was not synced is there, torn, or not there."""
+        _, left = self._synced[part]
+        disk = bytearray(left)
+        for at in range(0, len(disk), CHUNK_BYTES):
+            if disk[at : at + CHUNK_BYTES] != data[at : at + CHUNK_BYTES]:
+                torn = at + self._rng.choice([0, CHUNK_BYTES // 2, CHUNK_BYTES])
+                disk[at:torn] = data[at:torn]
+        return disk
+
+    def _arriving(self) -> list[Arriving]:
+        """What the store says of uploads under way, as it starts."""
+        opened = replay(self.records).open
+        mine = [one for one, _ in self._synced.values() if opened and one.upload.task == opened.task]
+        self._synced = {one.part: self._synced[one.part] for one in mine if one.part in self._parts}
+        self._parts = {part: self._parts[part] for part in self._synced}
+        return [
+            Arriving(one.site, one.part, one.upload, one.signature, one.at, bytes(self._parts[one.part][: one.at])[-7:])
+            for one, _ in self._synced.values()
+        ]
 
     def _crash_if(self, is_due: bool, /) -> None:
         if is_due:
@@ -119,17 +146,8 @@ class CoordinatorProcess:
                 self._send(route, message, body)
             case SendBlob(route, blob, at, upto):
                 self._send_blob(route, blob, at, upto)
-            case OpenPart(part, size):
-                if self._full():
-                    self._later(StoreFailed(part, "no_space", "no space left on the disk"))
-                else:
-                    self._parts[part] = bytearray(size)
-            case WritePart(part, at, data):
-                self._parts.get(part, bytearray())[at : at + len(data)] = data
-            case FinishPart():
-                self._finish(effect)
-            case DropPart(part):
-                self._parts.pop(part, None)
+            case OpenPart() | WritePart() | SyncPart() | FinishPart() | DropPart():
+                self._write(effect)
             case Aggregate():
                 self._aggregate(effect)
             case RecordOpened() | RecordClosed():
@@ -138,6 +156,27 @@ class CoordinatorProcess:
             case Note():
                 pass
 
+    def _write(self, effect: OpenPart | WritePart | SyncPart | FinishPart | DropPart) -> None:
+        match effect:
+            case OpenPart(part, _, at) if at:
+                assert self._synced[part][0].at == at, "an upload goes on where it is not known to be durable"
+            case OpenPart(part, size):
+                self._synced.pop(part, None)
+                if self._full():
+                    self._later(StoreFailed(part, "no_space", "no space left on the disk"))
+                else:
+                    self._parts[part] = bytearray(size)
+            case WritePart(part, at, data):
+                self._parts.get(part, bytearray())[at : at + len(data)] = data
+            case SyncPart(part):
+                if part in self._parts:
+                    self._synced[part] = effect, bytes(self._parts[part])
+            case FinishPart():
+                self._finish(effect)
+            case DropPart(part):
+                self._synced.pop(part, None)
+                self._parts.pop(part, None)
+
     def _send_blob(self, route: bytes, blob: bytes, at: int, upto: int) -> None:
         manifest, raw = self.blobs[blob]
         for start in range(at, upto, manifest.chunk_bytes):
@@ -145,11 +184,13 @@ class CoordinatorProcess:
 
     def _finish(self, effect: FinishPart) -> None:
         raw = self._parts.pop(effect.part, None)
+        self._synced.pop(effect.part, None)
         if raw is None:
             return None  # its failure is on the way
         if self._full():
             return self._later(StoreFailed(effect.part, "no_space", "no space left on the disk"))
         assert effect.upload is not None
+        self._checks.stored(effect.blob, bytes(raw))
         self._keep(effect.blob, bytes(raw))
         self._record(Update(effect.site, effect.part, effect.upload))
         return self._later(Stored(effect.part))
@@ -167,6 +208,6 @@ class CoordinatorProcess:
         self._checks.kept(self.blobs, manifest, raw)
         self.blobs[manifest.id] = (manifest, raw)
 
-    def _record(self, record: Record) -> None:
+    def _record(self, record: RecordOpened | Update | RecordClosed) -> None:
         self.records.append(record)
         self._checks.recorded(record)
