@@ -169,10 +169,10 @@ class Fetcher:
 
     __slots__ = ("_asked", "_heard", "_quiet", "_receiver", "_reported", "_step")
 
-    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = WINDOW_CHUNKS) -> None:
-        self._receiver = Receiver(blob, finite=False)  # the signed manifest's hash already fixes every bit
+    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = WINDOW_CHUNKS, at: int = 0) -> None:
+        self._receiver = Receiver(blob, finite=False, at=at)  # the signed manifest's hash already fixes every bit
         self._step = max(1, window_chunks // 2) * blob.chunk_bytes
-        self._asked, self._reported = 0, -1
+        self._asked, self._reported = at, -1
         self._heard, self._quiet = now, QUIET_SECONDS
 
     @property

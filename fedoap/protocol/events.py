@@ -113,6 +113,8 @@ class OpenPart:
     part: bytes
     size: int
     at: int = 0
+    blob: BlobManifest | None = None
+    """At a site: what the part is to become, to be kept beside it."""
 
 
 @dataclass(frozen=True, slots=True)

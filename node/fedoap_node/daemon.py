@@ -61,6 +61,7 @@ class Node:
             member.signing.secret,
             member.curve.public,
             have=state.blobs.stored(),
+            partly=state.blobs.partly(),
             software=f"fedoap {fedoap.__version__}",
         )
         self._work = Work(state, config, journal)
@@ -177,8 +178,9 @@ class Node:
         blobs = self._state.blobs
         try:
             match effect:
-                case OpenPart(part, size):
-                    blobs.open(part, size)
+                case OpenPart(part, _, at, blob):
+                    assert blob is not None, "a site's part is described by its blob's manifest"
+                    blobs.open(part, blob, at)
                 case WritePart(part, at, data):
                     blobs.write(part, at, data)
                 case FinishPart(part, blob):

@@ -185,7 +185,7 @@ class Crashed(BaseException):
 def test_after_a_crash_at_any_line_every_offset_on_record_is_covered_by_the_right_bytes(
     tmp_path: Path, sent: Sent
 ) -> None:
-    """Planted bugs: the part emptied before its row is deleted; the row written before the chunk."""
+    """Planted bug: a part emptied whose row stays."""
     ats, steps, ended = set[int](), 0, False
     while not ended:
         (state := tmp_path / str(steps)).mkdir()

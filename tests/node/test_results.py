@@ -226,7 +226,7 @@ def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -
     for work in (b"\1" * 32, b"\2" * 32, task.work):
         state.results.finish(work, worked(state.results, tmp_path, work=work))
     for manifest in (weights, write_blob(tmp_path / "other", {"v": np.ones(4, np.float32)})):
-        state.blobs.open(manifest.id, manifest.size)
+        state.blobs.open(manifest.id, manifest)
         state.blobs.finish(manifest.id, manifest)
 
     state.commit(task)

@@ -226,6 +226,6 @@ def test_a_wrong_machine_is_caught(plant: Plant, caught: str, monkeypatch: pytes
 def _storms() -> None:
     """Rough worlds, in which sites are away for longer than they are waited for."""
     rough = Faults(0.1, 0.1, 0.3, cut=0.05, crash_coordinator=0.01, crash_site=0.01, work_fails=0.05, outage=200.0)
-    for seed in range(1, 21):
+    for seed in range(1, 41):
         _run(EVERYONE, seed, _storm(seed))
         _run(ONLY_TRAINING, seed, rough)

@@ -1,5 +1,6 @@
 """A site's daemon in the simulation: blobs, results and personal state outlast a crash, all else does not."""
 
+import hashlib
 import random
 from collections.abc import Callable
 
@@ -53,7 +54,7 @@ class SiteProcess:
         self.blobs: dict[bytes, tuple[BlobManifest, bytes]] = {}
         self._results: dict[bytes, tuple[BlobManifest, bytes]] = {}
         self.personal = {PERSONAL: 0}
-        self._parts: dict[bytes, bytearray] = {}
+        self._parts: dict[bytes, tuple[BlobManifest, bytearray]] = {}
         self._running: bytes = b""
         self.machine: Site | None = None
         self.life = 0
@@ -62,10 +63,18 @@ class SiteProcess:
 
     def boot(self) -> None:
         self.life += 1
-        self._parts, self._running = {}, b""
+        self._running = b""
+        self._parts, partly = dict(self._parts), {part: self._right_bytes(part) for part in self._parts}
         key = public(FEDERATION_SECRET)
         self.machine = Site(
-            "demo", self.name, key, secret(self.name), curve(self.name), have=frozenset(self.blobs), software="sim"
+            "demo",
+            self.name,
+            key,
+            secret(self.name),
+            curve(self.name),
+            have=frozenset(self.blobs),
+            partly=partly,
+            software="sim",
         )
         self._tick(self.life)
 
@@ -88,6 +97,19 @@ class SiteProcess:
             self.handle(Tick())
             self._clock.after(TICK_SECONDS, lambda: self._tick(life))
 
+    def _right_bytes(self, part: bytes) -> int:
+        """How much of a download is right after a crash, which may have torn the last chunk."""
+        manifest, data = self._parts[part]
+        return next(
+            (
+                at
+                for at in range(0, len(data), manifest.chunk_bytes)
+                if hashlib.sha256(data[at:][: manifest.chunk(at)[0]]).digest() != manifest.chunk(at)[1]
+                or self._rng.random() < 0.2
+            ),
+            len(data),
+        )
+
     def _later(self, event: SiteEvent, seconds: float = 0.0) -> None:
         life = self.life
         self._clock.after(seconds, lambda: self.handle(event) if life == self.life else None)
@@ -99,10 +121,12 @@ class SiteProcess:
             case SayChunk(upload, named, at, size):
                 raw = next(raw for manifest, raw in self._results.values() if manifest.id == named)
                 self._say(self.name, Chunk(upload, at), raw[at : at + size])
-            case OpenPart(part, size):
-                self._parts[part] = bytearray(size)
+            case OpenPart(part, size, at, manifest):
+                assert manifest is not None
+                kept = self._parts[part][1][:at] if at else b""
+                self._parts[part] = manifest, bytearray(kept.ljust(size, b"\0"))
             case WritePart(part, at, data):
-                self._parts[part][at : at + len(data)] = data
+                self._parts[part][1][at : at + len(data)] = data
             case FinishPart(part, manifest):
                 self._finish(part, manifest)
             case DropPart(part):
@@ -121,7 +145,9 @@ class SiteProcess:
                 pass
 
     def _finish(self, part: bytes, manifest: BlobManifest) -> None:
-        raw = bytes(self._parts.pop(part))
+        raw = bytes(self._parts.pop(part)[1])
+        hashes = [hashlib.sha256(raw[at:][: manifest.chunk_bytes]) for at in range(0, len(raw), manifest.chunk_bytes)]
+        assert b"".join(one.digest() for one in hashes) == manifest.hashes, "a download is not what it should be"
         if self._rng.random() < self._faults.disk_full:
             return self._later(BlobFailed(part, "no space left on the disk"))
         self.blobs[part] = (manifest, raw)
