@@ -16,7 +16,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from fedoap.errors import RefusedError
+from fedoap.errors import RefusedError, SealError
+from fedoap.seal import TAG_BYTES, Seal
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 
 WINDOW_CHUNKS = 8
@@ -74,9 +75,12 @@ class FiniteScan:
 
 
 class Receiver:
-    """Takes a blob in, chunk by chunk: `at` is the byte expected next, `upto` where its credit ends."""
+    """Takes a blob in, chunk by chunk: `at` is the byte expected next, `upto` where its credit ends.
 
-    __slots__ = ("_scan", "_window", "at", "blob", "upto")
+    Offsets are those of the plain blob; with a `seal` the chunks come sealed, each longer by its tag.
+    """
+
+    __slots__ = ("_scan", "_seal", "_window", "at", "blob", "upto")
 
     def __init__(
         self,
@@ -86,8 +90,9 @@ class Receiver:
         window_chunks: int = WINDOW_CHUNKS,
         at: int = 0,
         tail: bytes = b"",
+        seal: Seal | None = None,
     ) -> None:
-        self.blob = blob
+        self.blob, self._seal = blob, seal
         self.at = self.upto = at
         self._window = window_chunks * blob.chunk_bytes
         self._scan = FiniteScan(blob, at, tail) if finite else None
@@ -110,22 +115,31 @@ class Receiver:
         """Return what the chunk is: the next one, which counts as received, or one that changes nothing.
 
         Raises:
-            RefusedError: it lies beyond the credit, or has the wrong length, hash or content; nothing changes.
+            RefusedError: it lies beyond the credit, does not open, or has the wrong length, hash or content;
+                nothing changes.
         """
         if at != self.at or self.is_complete:
             return "gap" if at > self.at else "repeated"
         size, digest = self.blob.chunk(at)
         if at + size > self.upto:
             raise RefusedError("malformed", f"chunk at byte {at} lies beyond the credit, which ends at {self.upto}")
-        if len(body) != size:
-            raise RefusedError("malformed", f"chunk at byte {at} has {len(body)} bytes, but must have {size}")
-        if hashlib.sha256(body).digest() != digest:
+        wanted = size + TAG_BYTES if self._seal else size
+        if len(body) != wanted:
+            raise RefusedError("malformed", f"chunk at byte {at} has {len(body)} bytes, but must have {wanted}")
+        plain = self._open(at, body)
+        if hashlib.sha256(plain).digest() != digest:
             raise RefusedError("corrupt", f"chunk at byte {at} does not have the hash that the manifest names")
-        bad = self._scan.first_bad(at, body) if self._scan else None
+        bad = self._scan.first_bad(at, plain) if self._scan else None
         if bad is not None:
             raise RefusedError("not_finite", f"tensor {bad} holds a number that is not finite")
         self.at += size
         return "new"
+
+    def _open(self, at: int, body: memoryview) -> memoryview:
+        try:
+            return memoryview(self._seal.open(at, body)) if self._seal else body
+        except SealError as error:
+            raise RefusedError("corrupt", str(error)) from None
 
 
 class Sender:

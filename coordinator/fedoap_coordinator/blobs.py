@@ -1,5 +1,8 @@
 """Blobs and parts on disk.
 
+Models and banks are plain and go by the SHA-256 of their manifest, as sites ask for them. Uploads stay
+sealed, as a part and after, and go by the upload's name.
+
 A part is preallocated when it is opened, so that a full disk is known before a byte is accepted. It
 becomes a blob in this order: data to disk, manifest beside, rename, folder to disk. A crash between
 any two steps leaves either a part (deleted at the next start, unless a row says how far it is durable)
@@ -15,7 +18,9 @@ from typing import Literal
 from fedoap.config import BlobFiles
 from fedoap.errors import StorageError
 from fedoap.identity import sync_folder
-from fedoap.tensors import BlobManifest
+from fedoap.seal import sealed_at
+from fedoap.tensors import BlobManifest, UploadManifest
+from fedoap_coordinator.seals import Seals
 
 RESERVE_BYTES = 64 << 20
 """Free space that no upload may take, so that the ledger and the log can still be written."""
@@ -26,12 +31,13 @@ Trouble = tuple[Literal["no_space", "corrupt"], str]
 
 
 class Blobs:
-    """The folders `blobs` and `parts` of a state folder."""
+    """The folders `blobs` and `parts` of a state folder, and `seals`, which opens some of what lies there."""
 
     def __init__(self, state: Path, reserve_bytes: int = RESERVE_BYTES) -> None:
         self._blobs, self._parts = state / "blobs", state / "parts"
         self._reserve = reserve_bytes
         self._open: dict[bytes, int] = {}
+        self.seals = Seals(state)
         for folder in (self._blobs, self._parts):
             folder.mkdir(mode=0o700, exist_ok=True)
 
@@ -110,8 +116,8 @@ class Blobs:
             return self._trouble(part, error)
         return None
 
-    def finish_part(self, part: bytes, manifest: BlobManifest) -> Trouble | None:
-        """Make a complete part a durable blob of the manifest's name, or say why not."""
+    def finish_part(self, part: bytes, upload: UploadManifest) -> Trouble | None:
+        """Make a complete part, which stays sealed, a durable blob of the part's name, or say why not."""
         descriptor = self._open.pop(part, None)
         if descriptor is None:
             return "corrupt", "the upload is not open; offer it again"
@@ -122,10 +128,11 @@ class Blobs:
             raise self._fatal(self._path(part), error) from None
         finally:
             os.close(descriptor)
-        if size != manifest.size:
+        wanted = sealed_at(upload.blob, upload.blob.size)
+        if size != wanted:
             self._path(part).unlink()
-            return "corrupt", f"the upload has {size} bytes, but its manifest says {manifest.size}"
-        self.adopt(self._path(part), manifest, self.files(manifest.id))
+            return "corrupt", f"the sealed upload has {size} bytes, but its manifest says {wanted}"
+        self.adopt(self._path(part), upload, self.files(part))
         return None
 
     def drop_part(self, part: bytes) -> None:
@@ -135,7 +142,7 @@ class Blobs:
             os.close(descriptor)
         self._path(part).unlink(missing_ok=True)
 
-    def adopt(self, source: Path, manifest: BlobManifest, target: BlobFiles) -> None:
+    def adopt(self, source: Path, manifest: BlobManifest | UploadManifest, target: BlobFiles) -> None:
         """Move a durable file to its place, its manifest beside it; both are there after a crash, or no blob is."""
         draft = self._parts / f"{target.manifest.name}.draft"
         try:

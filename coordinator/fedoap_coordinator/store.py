@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedoap.config import BlobFiles
-from fedoap.errors import StorageError
+from fedoap.errors import SealError, StorageError
 from fedoap.protocol.events import (
     Arriving,
     DropPart,
@@ -29,7 +29,8 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, replay
-from fedoap.tensors import BlobManifest
+from fedoap.seal import TAG_BYTES, Seal, sealed_at
+from fedoap.tensors import NO_KEY, BlobManifest
 from fedoap.transfer import TAIL_BYTES
 from fedoap_coordinator.blobs import Blobs, Trouble
 from fedoap_coordinator.ledger import Ledger, PartRow, TaskRow
@@ -56,7 +57,7 @@ class Store:
         for blob in self._needed():
             if not blobs.has(blob):
                 raise StorageError(f"{blobs.files(blob).blob}: blob is missing, but the ledger needs it")
-        blobs.keep_only(self._needed())
+        self._delete()
         self._arriving = tuple(self._under_way())
         self._recorded = {one.upload for one in self._arriving}
         for row in ledger.parts():
@@ -87,11 +88,12 @@ class Store:
             case DropPart(part):
                 self._forget(part)
                 self.blobs.drop_part(part)
-            case RecordOpened(task, _, packed, signature):
+            case RecordOpened(task, _, packed, signature, secret):
+                self.blobs.seals.add(task, secret)
                 self.ledger.open_task(task, packed, signature, self._clock())
             case RecordClosed():
                 self.ledger.close_task(effect, self._clock())
-                self.blobs.keep_only(self._needed())
+                self._delete()
         return None
 
     def publish(self, made: Made) -> None:
@@ -109,7 +111,7 @@ class Store:
 
     def _finish(self, effect: FinishPart) -> Stored | StoreFailed:
         assert effect.upload is not None, "a coordinator stores uploads only"
-        trouble = self.blobs.finish_part(effect.part, effect.blob)
+        trouble = self.blobs.finish_part(effect.part, effect.upload)
         if trouble:
             return StoreFailed(effect.part, *trouble)
         self.ledger.add_update(effect.part, effect.site, effect.upload, effect.signature, self._clock())
@@ -130,14 +132,25 @@ class Store:
                     yield from self._arrived(one)
 
     def _arrived(self, row: PartRow) -> Iterator[Arriving]:
-        start = max(0, row.at - TAIL_BYTES)
-        tail = self.blobs.read_part(row.upload, start, row.at - start)
-        if len(tail) == row.at - start:
-            yield Arriving(row.site, row.upload, row.manifest, row.signature, row.at, tail)
+        blob = row.manifest.blob
+        last = row.at - blob.chunk_bytes
+        sealed = self.blobs.read_part(row.upload, sealed_at(blob, last), blob.chunk_bytes + TAG_BYTES)
+        try:
+            tail = Seal.of_exchange(row.manifest, self._secret(row.manifest.task)).open(last, sealed)[-TAIL_BYTES:]
+        except SealError:  # the part is not what was recorded: its site sends all of it again
+            return
+        yield Arriving(row.site, row.upload, row.manifest, row.signature, row.at, tail)
+
+    def _secret(self, task: bytes) -> bytes:
+        secret = self.blobs.seals.secret(task)
+        if secret is None:
+            raise StorageError(f"{self.blobs.seals.path(task)}: seal's key is missing, but the open exchange needs it")
+        return secret
 
     def _records(self) -> Iterator[Record]:
         for row in self.ledger.tasks():
-            yield RecordOpened(row.task, row.manifest, row.packed, row.signature)
+            secret = NO_KEY if row.outcome else self._secret(row.task)
+            yield RecordOpened(row.task, row.manifest, row.packed, row.signature, secret)
             updates = self.ledger.updates(row.task)
             for one in updates:
                 yield Update(one.site, one.upload, one.manifest)
@@ -147,13 +160,18 @@ class Store:
                 yield RecordClosed(row.task, row.outcome, counted, result, row.reason)
         yield from (one for one in self._arriving if one.upload in self._recorded)
 
+    def _delete(self) -> None:
+        """Delete what nobody needs any more; the seals last, as their uploads must never outlast them."""
+        self.blobs.keep_only(self._needed())
+        self.blobs.seals.keep_only({row.task for row in self.ledger.tasks()[-1:] if not row.outcome})
+
     def _needed(self) -> frozenset[bytes]:
         tasks = self.ledger.tasks()
         needed = {blob for kinds in (MODEL_KINDS, BANK_KINDS) for blob in _results(tasks, kinds)[-KEPT_RESULTS:]}
         for row in tasks[-1:]:
             if not row.outcome:
                 needed |= {blob.id for blob in row.manifest.blobs}
-                needed |= {update.manifest.blob.id for update in self.ledger.updates(row.task)}
+                needed |= {update.upload for update in self.ledger.updates(row.task)}
         return frozenset(needed)
 
 

@@ -80,7 +80,9 @@ class Coordinator:
     ) -> None:
         self._config, self._plan = config, config.plan
         self._attendance = Attendance(config.federation, software, random_bytes)
-        self._rounds = Rounds(config, roster, history, self._attendance, signing_key)
+        self._rounds = Rounds(
+            config, roster, history, self._attendance, signing_key=signing_key, random_bytes=random_bytes
+        )
         self._noted: dict[tuple[str, str], float] = {}
         self._is_stopping = False
 

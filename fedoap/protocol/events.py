@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from fedoap.identity import Roster
 from fedoap.messages import FromCoordinator, FromSite, RefusalCode
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,10 @@ class SendBlob:
 
 @dataclass(frozen=True, slots=True)
 class OpenPart:
-    """Make room for an upload (or, at a site, a blob) of so many bytes on disk; those before `at` are there already."""
+    """Make room for a sealed upload (or, at a site, a blob) of so many bytes on disk.
+
+    Its first chunks are there already, as far as byte `at` of the blob.
+    """
 
     part: bytes
     size: int
@@ -119,7 +122,7 @@ class OpenPart:
 
 @dataclass(frozen=True, slots=True)
 class WritePart:
-    """Write a checked chunk at its offset."""
+    """Write a checked chunk at its offset; at the coordinator both are those of the sealed upload."""
 
     part: bytes
     at: int
@@ -128,7 +131,7 @@ class WritePart:
 
 @dataclass(frozen=True, slots=True)
 class SyncPart:
-    """Make an upload durable as far as byte `at`, then write down that it is: a restart goes on from there."""
+    """Make an upload durable as far as byte `at` of its blob, then write that down: a restart goes on there."""
 
     part: bytes
     at: int
@@ -183,6 +186,8 @@ class Aggregate:
     task: bytes
     manifest: TaskManifest
     updates: tuple[Update, ...]
+    secret: bytes = field(default=NO_KEY, repr=False)
+    """Opens the updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +198,8 @@ class RecordOpened:
     manifest: TaskManifest
     packed: bytes
     signature: bytes
+    secret: bytes = field(default=NO_KEY, repr=False)
+    """Opens the uploads of this exchange: durable before the rest, deleted with the last of them."""
 
 
 @dataclass(frozen=True, slots=True)

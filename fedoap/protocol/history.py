@@ -7,11 +7,11 @@ history goes on exactly where the one before it ended.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Update
-from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, TensorSpec
+from fedoap.tensors import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 
 Record: TypeAlias = RecordOpened | Update | Arriving | RecordClosed
 MODEL_KINDS: frozenset[TaskKind] = frozenset({"init", "train"})
@@ -39,6 +39,7 @@ class OpenExchange:
     manifest: TaskManifest
     packed: bytes
     signature: bytes
+    secret: bytes = field(default=NO_KEY, repr=False)
     updates: tuple[Update, ...] = ()
     arriving: tuple[Arriving, ...] = ()
     """Uploads that were under way when the coordinator started."""
@@ -71,7 +72,7 @@ def after(history: History, record: Record) -> History:
     """Return the history with one more record; what does not belong to the open exchange adds nothing."""
     match record, history.open:
         case RecordOpened(), _:
-            opened = OpenExchange(record.task, record.manifest, record.packed, record.signature)
+            opened = OpenExchange(record.task, record.manifest, record.packed, record.signature, record.secret)
             return replace(history, open=opened)
         case Update(), OpenExchange() as opened if record.manifest.task == opened.task:
             first = all(update.site != record.site for update in opened.updates)

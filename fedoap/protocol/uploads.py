@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedoap import transfer
-from fedoap.errors import RefusedError
+from fedoap.errors import RefusedError, SealError
 from fedoap.messages import Chunk, Commit, Credit, Go, Wait
 from fedoap.protocol.events import (
     Arriving,
@@ -23,7 +23,8 @@ from fedoap.protocol.events import (
     SyncPart,
     WritePart,
 )
-from fedoap.tensors import UploadManifest
+from fedoap.seal import Seal, sealed_at
+from fedoap.tensors import NO_KEY, UploadManifest
 from fedoap.transfer import Admission, Receiver
 
 STALL_SECONDS = 30.0
@@ -56,6 +57,11 @@ class Uploads:
         self._at_once = at_once
         self._admission = Admission(at_once)
         self._of: dict[str, Upload] = {}
+        self._secret = NO_KEY
+
+    def begin(self, secret: bytes) -> None:
+        """Take uploads that are sealed for the exchange of this secret from now on."""
+        self._secret = secret
 
     def find(self, site: str) -> Upload | None:
         """Return the site's upload."""
@@ -67,11 +73,10 @@ class Uploads:
 
     def resume(self, arriving: Arriving, now: float) -> None:
         """Know of an upload that was under way before a restart; it goes on once its site offers it again."""
-        blob, at = arriving.manifest.blob, arriving.at
-        receiver = Receiver(blob, at=at, tail=arriving.tail)
+        manifest, at = arriving.manifest, arriving.at
+        receiver = self._receiver(manifest, at, arriving.tail)
         upload, signature = arriving.upload, arriving.signature
-        one = Upload(arriving.site, upload, arriving.manifest, signature, b"", receiver, now, durable=at)
-        self._of[arriving.site] = one
+        self._of[arriving.site] = Upload(arriving.site, upload, manifest, signature, b"", receiver, now, durable=at)
 
     def offer(
         self, manifest: UploadManifest, upload: bytes, signature: bytes, route: bytes, now: float
@@ -79,13 +84,13 @@ class Uploads:
         """Take up a checked offer, or go on with it, and return the answer.
 
         Raises:
-            RefusedError: this connection is already sending another result.
+            RefusedError: this connection is already sending another result, or this one's seal is no key.
         """
-        site = manifest.site
+        site, receiver = manifest.site, self._receiver(manifest)
         effects = self._give_way(site, upload, route)
         one = self._of.get(site)
         if one is None:
-            one = Upload(site, upload, manifest, signature, route, Receiver(manifest.blob), now)
+            one = Upload(site, upload, manifest, signature, route, receiver, now)
             self._of[site] = one
         one.route = route
         if one.state == "finishing":
@@ -106,7 +111,7 @@ class Uploads:
         match one.receiver.take(message.at, body):
             case "new":
                 one.moved_at = now
-                written = WritePart(one.id, message.at, body)
+                written = WritePart(one.id, sealed_at(one.manifest.blob, message.at), body)
                 return [written, *([_finish(one)] if one.receiver.is_complete else [*_checkpoint(one), _credit(one)])]
             case "repeated":
                 return [Send(one.route, Credit(one.id, one.receiver.upto))]
@@ -150,6 +155,13 @@ class Uploads:
                 effects += [Send(one.route, Wait(one.id)), *self._admit_all(turn, now)]
         return effects
 
+    def _receiver(self, manifest: UploadManifest, at: int = 0, tail: bytes = b"") -> Receiver:
+        try:
+            seal = Seal.of_exchange(manifest, self._secret) if manifest.blob.size else None
+        except SealError as error:
+            raise RefusedError("malformed", str(error)) from None
+        return Receiver(manifest.blob, at=at, tail=tail, seal=seal)
+
     def _give_way(self, site: str, upload: bytes, route: bytes) -> list[CoordinatorEffect]:
         one = self._of.get(site)
         if one is None or one.id == upload:
@@ -165,7 +177,8 @@ class Uploads:
 
 
 def _admit(one: Upload, now: float) -> list[CoordinatorEffect]:
-    opened = OpenPart(one.id, one.manifest.blob.size, one.receiver.at)
+    blob = one.manifest.blob
+    opened = OpenPart(one.id, sealed_at(blob, blob.size), one.receiver.at)
     effects: list[CoordinatorEffect] = [] if one.is_open else [opened]
     one.is_open, one.asked_at = True, -1
     if one.state == "waiting":

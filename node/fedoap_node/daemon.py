@@ -162,6 +162,7 @@ class Node:
             case StopWork():
                 self._work.stop()
             case Committed(_, manifest):
+                self._work.committed(manifest)
                 self._state.commit(manifest)
             case Learned(plan):
                 self._state.keep_plan(plan)
@@ -207,7 +208,7 @@ class Node:
                 case Say(message, body):
                     sent = self._link.send(message, body)
                 case SayChunk(upload, blob, at, size):
-                    sent = self._link.send(Chunk(upload, at), self._work.read(blob, at, size))
+                    sent = self._link.send(Chunk(upload, at), self._work.chunk(blob, at, size))
             if not sent:
                 break
             self._outbox.popleft()

@@ -24,11 +24,12 @@ from fedoap.protocol.events import (
     SyncPart,
     WritePart,
 )
+from fedoap.seal import sealed_at
 from fedoap.tensors import UploadManifest
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.ledger import Ledger, Value
 from fedoap_coordinator.store import Store, StoreEffect
-from tests.coordinator.conftest import Maker
+from tests.coordinator.conftest import EXCHANGE, Maker
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
@@ -50,17 +51,18 @@ class Sent:
     def __init__(self, make: Maker) -> None:
         task = make.task("init", 0)
         self.task = hashlib.sha256(task.pack()).digest()
-        self.opened = RecordOpened(self.task, task, task.pack(), b"s" * 64)
+        self.opened = RecordOpened(self.task, task, task.pack(), b"s" * 64, EXCHANGE)
         path, self.blob = make.blob(2.0, size=(2 * MIB + 400) // 4)
         self.data = path.read_bytes()
         self.manifest: UploadManifest = make.upload(self.task, "hospital_a", self.blob)
         self.name = hashlib.sha256(self.manifest.pack()).digest()
+        self.sealed = [data for _, data in make.sealed(self.manifest, self.data)]
 
     def open(self, at: int = 0) -> OpenPart:
-        return OpenPart(self.name, self.blob.size, at)
+        return OpenPart(self.name, sealed_at(self.blob, self.blob.size), at)
 
     def write(self, at: int) -> WritePart:
-        return WritePart(self.name, at, self.data[at : at + MIB])
+        return WritePart(self.name, sealed_at(self.blob, at), self.sealed[at // MIB])
 
     def sync(self, at: int) -> SyncPart:
         return SyncPart(self.name, at, self.manifest, "hospital_a", b"s" * 64)
@@ -92,7 +94,7 @@ def test_an_upload_goes_on_at_the_last_offset_on_record_and_is_whole_in_the_end(
         for effect in (sent.open(MIB), sent.write(MIB), sent.write(2 * MIB)):
             assert store.apply(effect) is None
         assert store.apply(sent.finish()) == Stored(sent.name)
-        assert store.files(sent.blob).blob.read_bytes() == sent.data
+        assert store.blobs.files(sent.name).blob.read_bytes() == b"".join(sent.sealed)
 
     with opened(state) as store:
         assert under_way(store) == ()
@@ -128,6 +130,17 @@ def test_what_cannot_go_on_is_forgotten_with_its_part(state: Path, sent: Sent, e
     with opened(state) as store:
         assert under_way(store) == ()
         assert store.ledger.parts() == ()
+        assert list((state / "parts").iterdir()) == []
+
+
+def test_a_part_whose_last_chunk_on_record_does_not_open_is_let_go(state: Path, sent: Sent) -> None:
+    with opened(state) as store:
+        for effect in (sent.opened, sent.open(), sent.write(0), sent.sync(MIB)):
+            store.apply(effect)
+        store.apply(WritePart(sent.name, 100, b"\0"))
+
+    with opened(state) as store:
+        assert under_way(store) == ()
         assert list((state / "parts").iterdir()) == []
 
 
@@ -195,7 +208,8 @@ def test_after_a_crash_at_any_line_every_offset_on_record_is_covered_by_the_righ
         with opened(state) as store:
             for one in under_way(store):
                 ats.add(one.at)
-                assert (state / "parts" / one.upload.hex()).read_bytes()[: one.at] == sent.data[: one.at]
+                right = b"".join(sent.sealed[: one.at // MIB])
+                assert (state / "parts" / one.upload.hex()).read_bytes()[: len(right)] == right
         steps += 3
 
     assert ats == {MIB, 2 * MIB}

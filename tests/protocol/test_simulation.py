@@ -21,7 +21,8 @@ from fedoap.protocol.history import History, OpenExchange, Record
 from fedoap.protocol.history import after as history_after
 from fedoap.protocol.rounds import Rounds
 from fedoap.protocol.uploads import Uploads
-from fedoap.tensors import TaskManifest
+from fedoap.seal import TAG_BYTES, Seal
+from fedoap.tensors import BlobManifest, TaskManifest
 from fedoap.transfer import Admission, Range, Receiver, Sender
 from simulated.network import Faults
 from simulated.world import World
@@ -112,6 +113,9 @@ def _takes_late_uploads(patch: pytest.MonkeyPatch) -> None:
 
     right = Rounds.require
     patch.setattr(Rounds, "require", anything_goes)
+    # What is sealed for another exchange does not open, so the seal alone would keep late uploads out.
+    patch.setattr(Seal, "close", lambda _self, _at, plain: bytes(plain) + bytes(TAG_BYTES))
+    patch.setattr(Seal, "open", lambda _self, _at, sealed: bytes(sealed)[:-TAG_BYTES])
 
 
 def _forgets_credit_at_the_site(patch: pytest.MonkeyPatch) -> None:
@@ -123,9 +127,9 @@ def _forgets_credit_at_the_site(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("fedoap.protocol.uploads.Receiver", _narrow)
 
 
-def _narrow(blob: object) -> Receiver:
+def _narrow(blob: BlobManifest, *, at: int, tail: bytes, seal: Seal | None) -> Receiver:
     """A window smaller than the uploads of this test."""
-    return Receiver(blob, window_chunks=2)  # type: ignore[arg-type]
+    return Receiver(blob, window_chunks=2, at=at, tail=tail, seal=seal)
 
 
 def _admits_everyone(patch: pytest.MonkeyPatch) -> None:

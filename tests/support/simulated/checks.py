@@ -6,6 +6,7 @@ from fedoap.config import FederationConfig
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
+from fedoap.seal import TAG_BYTES
 from fedoap.tensors import BlobManifest
 from fedoap.transfer import WINDOW_CHUNKS
 
@@ -43,7 +44,7 @@ class Checks:
     def site_says(self, route: bytes, message: FromSite, size: int) -> None:
         if isinstance(message, Chunk):
             credit = self._credit.get((route, message.upload), 0)
-            assert message.at + size <= credit, "a site sent more than it had credit for"
+            assert message.at + size - TAG_BYTES <= credit, "a site sent more than it had credit for"
 
     def merging(self, effect: Aggregate) -> None:
         sites = [update.site for update in effect.updates]
@@ -88,6 +89,7 @@ class Checks:
         assert all(size <= most for size in open_bytes), "an upload holds more than one window of credit"
 
     def stored(self, manifest: BlobManifest, raw: bytes) -> None:
+        """An upload's bytes, opened, as it becomes durable."""
         hashes = [
             hashlib.sha256(raw[at:][: manifest.chunk_bytes]).digest() for at in range(0, len(raw), manifest.chunk_bytes)
         ]

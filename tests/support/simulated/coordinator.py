@@ -5,9 +5,11 @@ Of an upload under way a crash leaves what was made durable, and of the rest wha
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, roster
 from fedoap.config import FederationConfig
+from fedoap.errors import SealError
 from fedoap.messages import Data, FromCoordinator
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
@@ -33,7 +35,8 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.protocol.history import Record, replay
-from fedoap.tensors import BlobManifest
+from fedoap.seal import TAG_BYTES, Seal, sealed_at
+from fedoap.tensors import BlobManifest, UploadManifest
 from simulated.checks import Checks
 from simulated.network import TICK_SECONDS, Clock, Faults
 from simulated.training import merge
@@ -110,10 +113,10 @@ class CoordinatorProcess:
     def _left(self, part: bytes, data: bytearray) -> bytearray:
         """What the disk holds after a crash: a chunk that was not synced is there, torn, or not there."""
         _, left = self._synced[part]
-        disk = bytearray(left)
-        for at in range(0, len(disk), CHUNK_BYTES):
-            if disk[at : at + CHUNK_BYTES] != data[at : at + CHUNK_BYTES]:
-                torn = at + self._rng.choice([0, CHUNK_BYTES // 2, CHUNK_BYTES])
+        disk, step = bytearray(left), CHUNK_BYTES + TAG_BYTES
+        for at in range(0, len(disk), step):
+            if disk[at : at + step] != data[at : at + step]:
+                torn = at + self._rng.choice([0, step // 2, step])
                 disk[at:torn] = data[at:torn]
         return disk
 
@@ -124,9 +127,12 @@ class CoordinatorProcess:
         self._synced = {one.part: self._synced[one.part] for one in mine if one.part in self._parts}
         self._parts = {part: self._parts[part] for part in self._synced}
         return [
-            Arriving(one.site, one.part, one.upload, one.signature, one.at, bytes(self._parts[one.part][: one.at])[-7:])
+            Arriving(one.site, one.part, one.upload, one.signature, one.at, self._tail(one))
             for one, _ in self._synced.values()
         ]
+
+    def _tail(self, one: SyncPart) -> bytes:
+        return self._opened(one.upload, bytes(self._parts[one.part]))[: one.at][-7:]
 
     def _crash_if(self, is_due: bool, /) -> None:
         if is_due:
@@ -190,10 +196,25 @@ class CoordinatorProcess:
         if self._full():
             return self._later(StoreFailed(effect.part, "no_space", "no space left on the disk"))
         assert effect.upload is not None
-        self._checks.stored(effect.blob, bytes(raw))
-        self._keep(effect.blob, bytes(raw))
+        plain = self._opened(effect.upload, bytes(raw))
+        self._checks.stored(effect.blob, plain)
+        self._keep(effect.blob, plain)
         self._record(Update(effect.site, effect.part, effect.upload))
         return self._later(Stored(effect.part))
+
+    def _opened(self, upload: UploadManifest, raw: bytes) -> bytes:
+        """The plain bytes of a sealed upload; none of a chunk that does not open."""
+        blob = upload.blob
+        seal, plain = Seal.of_exchange(upload, self._secret(upload.task)) if blob.size else None, b""
+        for at in range(0, blob.size, blob.chunk_bytes):
+            assert seal is not None
+            start, stop = sealed_at(blob, at), sealed_at(blob, at + blob.chunk(at)[0])
+            with suppress(SealError):
+                plain += seal.open(at, raw[start:stop])
+        return plain
+
+    def _secret(self, task: bytes) -> bytes:
+        return next(one.secret for one in self.records if isinstance(one, RecordOpened) and one.task == task)
 
     def _aggregate(self, effect: Aggregate) -> None:
         self._checks.merging(effect)

@@ -30,6 +30,7 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.protocol.site import Site
+from fedoap.seal import Seal, public_half
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from simulated.network import TICK_SECONDS, Clock, Faults
 from simulated.training import PERSONAL, arrays, train
@@ -53,6 +54,7 @@ class SiteProcess:
         self._say, self._gone = say, gone
         self.blobs: dict[bytes, tuple[BlobManifest, bytes]] = {}
         self._results: dict[bytes, tuple[BlobManifest, bytes]] = {}
+        self._seals: dict[bytes, Seal] = {}
         self.personal = {PERSONAL: 0}
         self._parts: dict[bytes, tuple[BlobManifest, bytearray]] = {}
         self._running: bytes = b""
@@ -120,7 +122,7 @@ class SiteProcess:
                 self._say(self.name, message, body)
             case SayChunk(upload, named, at, size):
                 raw = next(raw for manifest, raw in self._results.values() if manifest.id == named)
-                self._say(self.name, Chunk(upload, at), raw[at : at + size])
+                self._say(self.name, Chunk(upload, at), self._seals[upload].close(at, raw[at : at + size]))
             case OpenPart(part, size, at, manifest):
                 assert manifest is not None
                 kept = self._parts[part][1][:at] if at else b""
@@ -177,4 +179,7 @@ class SiteProcess:
 
     def _done(self, task: bytes, manifest: TaskManifest) -> WorkDone:
         made, _ = self._results[manifest.work]
-        return WorkDone(task, UploadManifest(task, self.name, 12, (("loss", 0.5),), made))
+        key = hashlib.sha256(task + secret(self.name)).digest()
+        upload = UploadManifest(task, self.name, 12, (("loss", 0.5),), made, public_half(key))
+        self._seals[hashlib.sha256(upload.pack()).digest()] = Seal.of_site(upload, key, manifest.seal_key)
+        return WorkDone(task, upload)
