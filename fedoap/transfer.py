@@ -17,11 +17,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from fedoap.errors import RefusedError, SealError
+from fedoap.pace import FIRST_CHUNKS, Window
 from fedoap.seal import TAG_BYTES, Seal
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 
-WINDOW_CHUNKS = 8
-"""Chunks that may be under way at a time, for each upload and each download."""
 CHECKPOINT_CHUNKS = 32
 """After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
 TAIL_BYTES = max(ITEM_BYTES.values()) - 1
@@ -80,21 +79,21 @@ class Receiver:
     Offsets are those of the plain blob; with a `seal` the chunks come sealed, each longer by its tag.
     """
 
-    __slots__ = ("_scan", "_seal", "_window", "at", "blob", "upto")
+    __slots__ = ("_scan", "_seal", "at", "blob", "upto", "window")
 
     def __init__(
         self,
         blob: BlobManifest,
         *,
         finite: bool = True,
-        window_chunks: int = WINDOW_CHUNKS,
+        window_chunks: int = FIRST_CHUNKS,
         at: int = 0,
         tail: bytes = b"",
         seal: Seal | None = None,
     ) -> None:
         self.blob, self._seal = blob, seal
         self.at = self.upto = at
-        self._window = window_chunks * blob.chunk_bytes
+        self.window = Window(blob.chunk_bytes, window_chunks)
         self._scan = FiniteScan(blob, at, tail) if finite else None
 
     @property
@@ -102,16 +101,20 @@ class Receiver:
         """Whether every byte has passed."""
         return self.at == self.blob.size
 
-    def grant(self) -> int:
-        """Give credit for a window from here, and return where it ends."""
-        self.upto = min(self.blob.size, self.at + self._window)
+    def grant(self, now: float) -> int:
+        """Give credit for a window from here, and return where it ends; what was given stays given."""
+        upto = min(self.blob.size, self.at + self.window.size)
+        if upto > self.upto:
+            self.window.let_go(self.at, self.upto, now)
+            self.upto = upto
         return self.upto
 
     def withdraw(self) -> None:
-        """Take back credit that was not used."""
+        """Take back credit that was not used; the next measures the line anew."""
         self.upto = self.at
+        self.window.restart()
 
-    def take(self, at: int, body: memoryview) -> Taken:
+    def take(self, at: int, body: memoryview, now: float) -> Taken:
         """Return what the chunk is: the next one, which counts as received, or one that changes nothing.
 
         Raises:
@@ -133,6 +136,7 @@ class Receiver:
         if bad is not None:
             raise RefusedError("not_finite", f"tensor {bad} holds a number that is not finite")
         self.at += size
+        self.window.arrived(self.at, now)
         return "new"
 
     def _open(self, at: int, body: memoryview) -> memoryview:
@@ -181,11 +185,11 @@ class Sender:
 class Fetcher:
     """Downloads a blob: says which ranges to ask for, so that a window is always under way."""
 
-    __slots__ = ("_asked", "_heard", "_quiet", "_receiver", "_reported", "_step")
+    __slots__ = ("_asked", "_heard", "_quiet", "_receiver", "_reported")
 
-    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = WINDOW_CHUNKS, at: int = 0) -> None:
-        self._receiver = Receiver(blob, finite=False, at=at)  # the signed manifest's hash already fixes every bit
-        self._step = max(1, window_chunks // 2) * blob.chunk_bytes
+    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = FIRST_CHUNKS, at: int = 0) -> None:
+        # not looked at for floats: the signed manifest's hash already fixes every bit
+        self._receiver = Receiver(blob, finite=False, at=at, window_chunks=window_chunks)
         self._asked, self._reported = at, -1
         self._heard, self._quiet = now, QUIET_SECONDS
 
@@ -199,12 +203,14 @@ class Fetcher:
         """Whether every byte has passed."""
         return self._receiver.is_complete
 
-    def ask(self) -> list[Range]:
-        """Return the ranges [at, upto) to ask for now, perhaps none."""
-        ranges = []
-        while self._asked < self.blob.size and self._asked - self._receiver.at <= self._step:
-            upto = min(self.blob.size, self._asked + self._step)
+    def ask(self, now: float) -> list[Range]:
+        """Return the ranges [at, upto) to ask for now, half a window each, perhaps none."""
+        ranges, chunk, window = [], self.blob.chunk_bytes, self._receiver.window
+        step = max(1, window.size // chunk // 2) * chunk
+        while self._asked < self.blob.size and self._asked - self._receiver.at <= step:
+            upto = min(self.blob.size, self._asked + step)
             ranges.append((self._asked, upto))
+            window.let_go(self._receiver.at, self._asked, now)
             self._asked = self._receiver.upto = upto
         return ranges
 
@@ -214,7 +220,7 @@ class Fetcher:
         Raises:
             RefusedError: it has the wrong length or hash.
         """
-        taken = self._receiver.take(at, body)
+        taken = self._receiver.take(at, body, now)
         if taken == "new":
             self._heard = now
         elif taken == "gap" and self._reported != self._receiver.at:
@@ -225,6 +231,7 @@ class Fetcher:
     def restart(self, now: float) -> None:
         """Ask again from the first byte that is missing."""
         self._asked, self._heard = self._receiver.at, now
+        self._receiver.window.restart()
 
     def restart_if_quiet(self, now: float) -> None:
         """Ask again if nothing came for a while; each time with more patience, as a slow link needs it."""

@@ -32,7 +32,7 @@ def chunk(of: UploadManifest, at: int, *, secret: bytes = SITE, exchange: bytes 
 
 def receiver() -> Receiver:
     made = Receiver(upload().blob, seal=Seal.of_exchange(upload(), EXCHANGE))
-    made.grant()
+    made.grant(0.0)
     return made
 
 
@@ -61,10 +61,10 @@ def test_a_chunk_that_was_sealed_for_something_else_is_refused_as_corrupt(sealed
     taker = receiver()
 
     with pytest.raises(RefusedError, match="does not open") as caught:
-        taker.take(0, memoryview(SEALED[sealed]()))
+        taker.take(0, memoryview(SEALED[sealed]()), 0.0)
 
     assert (caught.value.code, taker.at) == ("corrupt", 0)
-    assert taker.take(0, memoryview(chunk(upload(), 0))) == "new"
+    assert taker.take(0, memoryview(chunk(upload(), 0)), 0.0) == "new"
 
 
 @given(st.integers(0, (CHUNK + TAG_BYTES) * 8 - 1))
@@ -74,7 +74,7 @@ def test_a_chunk_with_any_bit_flipped_is_refused_as_corrupt(bit: int) -> None:
     spoilt[bit // 8] ^= 1 << bit % 8
 
     with pytest.raises(RefusedError) as caught:
-        receiver().take(0, memoryview(spoilt))
+        receiver().take(0, memoryview(spoilt), 0.0)
 
     assert caught.value.code == "corrupt"
 
@@ -83,7 +83,7 @@ def test_a_chunk_that_opens_but_is_not_what_the_manifest_says_is_refused_as_corr
     false = Seal.of_site(upload(), SITE, public_half(EXCHANGE)).close(0, bytes(CHUNK))
 
     with pytest.raises(RefusedError, match="does not have the hash that the manifest names"):
-        receiver().take(0, memoryview(false))
+        receiver().take(0, memoryview(false), 0.0)
 
 
 @pytest.mark.parametrize("key", [NO_KEY, b"\1" + bytes(31)])

@@ -33,6 +33,7 @@ from fedoap.messages import (
     Wait,
     Welcome,
 )
+from fedoap.pace import MOST_CHUNKS
 from fedoap.protocol import view
 from fedoap.protocol.attendance import Attendance
 from fedoap.protocol.checks import check_result, read_offer
@@ -55,7 +56,6 @@ from fedoap.protocol.events import (
 from fedoap.protocol.history import History
 from fedoap.protocol.rounds import MOST_TEXT, Rounds
 from fedoap.protocol.status import Status
-from fedoap.transfer import WINDOW_CHUNKS
 
 NOTE_SECONDS = 10.0
 """A site's refusals with one code are noted at most this often: a peer out of order must not fill the log."""
@@ -213,7 +213,7 @@ class Coordinator:
         blob = next((one for one in self._rounds.published if one.id == message.blob), None)
         if blob is None:
             raise RefusedError("no_blob", "no blob of this name is published now")
-        upto = min(message.upto, blob.size, message.at + WINDOW_CHUNKS * blob.chunk_bytes)
+        upto = min(message.upto, blob.size, message.at + MOST_CHUNKS * blob.chunk_bytes)
         if message.at % blob.chunk_bytes or message.at >= upto:
             raise RefusedError("malformed", f"get asks for bytes {message.at} to {message.upto} of {blob.size}")
         return SendBlob(route, blob.id, message.at, upto)

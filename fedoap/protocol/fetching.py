@@ -54,7 +54,7 @@ class Fetching:
             return effects
         self._fetcher.restart_if_quiet(now)
         blob = self._fetcher.blob.id
-        return [*effects, *[Say(Get(blob, at, upto)) for at, upto in self._fetcher.ask()]]
+        return [*effects, *[Say(Get(blob, at, upto)) for at, upto in self._fetcher.ask(now)]]
 
     def data(self, message: Data, body: memoryview, now: float) -> list[SiteEffect]:
         """Return what becomes of a chunk; one that is not the next changes nothing."""

@@ -1,9 +1,9 @@
 """The uploads under way at the coordinator: who holds credit, what each has sent, what to answer.
 
-At most `at_once` uploads hold credit, of one window each, so what can be on its way to the coordinator
-is bounded whatever the number of sites. One upload a site is known at a time. It survives a broken
-connection: offered again, it goes on at the byte expected next. It survives a restart as well, which
-goes on where the upload was last made durable.
+At most `at_once` uploads hold credit, of one window each and 32 chunks at the most, so what can be on its
+way to the coordinator is bounded whatever the number of sites. One upload a site is known at a time. It
+survives a broken connection: offered again, it goes on at the byte expected next. It survives a restart
+as well, which goes on where the upload was last made durable.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,9 @@ class Uploads:
         if one is None:
             one = Upload(site, upload, manifest, signature, route, receiver, now)
             self._of[site] = one
-        one.route = route
+        if one.route != route:
+            one.route = route
+            one.receiver.withdraw()  # it was the old connection's
         if one.state == "finishing":
             return [*effects, Send(route, Wait(upload))]
         if not self._admission.enter(site):
@@ -108,11 +110,14 @@ class Uploads:
         one = self._of[site]
         if one.state != "receiving":
             return [Send(one.route, Wait(one.id))]
-        match one.receiver.take(message.at, body):
+        match one.receiver.take(message.at, body, now):
             case "new":
                 one.moved_at = now
                 written = WritePart(one.id, sealed_at(one.manifest.blob, message.at), body)
-                return [written, *([_finish(one)] if one.receiver.is_complete else [*_checkpoint(one), _credit(one)])]
+                return [
+                    written,
+                    *([_finish(one)] if one.receiver.is_complete else [*_checkpoint(one), _credit(one, now)]),
+                ]
             case "repeated":
                 return [Send(one.route, Credit(one.id, one.receiver.upto))]
             case "gap":
@@ -185,7 +190,7 @@ def _admit(one: Upload, now: float) -> list[CoordinatorEffect]:
         one.state, one.moved_at = "receiving", now
     if one.receiver.is_complete:  # nothing but metrics
         return [*effects, _finish(one)]
-    return [*effects, Send(one.route, Go(one.id, one.receiver.at, one.receiver.grant()))]
+    return [*effects, Send(one.route, Go(one.id, one.receiver.at, one.receiver.grant(now)))]
 
 
 def _finish(one: Upload) -> FinishPart:
@@ -203,8 +208,8 @@ def _sync(one: Upload) -> SyncPart:
     return SyncPart(one.id, one.durable, one.manifest, one.site, one.signature)
 
 
-def _credit(one: Upload) -> Send:
-    return Send(one.route, Credit(one.id, one.receiver.grant()))
+def _credit(one: Upload, now: float) -> Send:
+    return Send(one.route, Credit(one.id, one.receiver.grant(now)))
 
 
 def _mind_the_gap(one: Upload) -> list[CoordinatorEffect]:

@@ -4,11 +4,11 @@ import hashlib
 
 from fedoap.config import FederationConfig
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
+from fedoap.pace import MOST_CHUNKS
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
 from fedoap.seal import TAG_BYTES
 from fedoap.tensors import BlobManifest
-from fedoap.transfer import WINDOW_CHUNKS
 
 Blobs = dict[bytes, tuple[BlobManifest, bytes]]
 
@@ -85,7 +85,7 @@ class Checks:
         uploads = coordinator._rounds.uploads._of.values()
         open_bytes = [one.receiver.upto - one.receiver.at for one in uploads if one.receiver.upto > one.receiver.at]
         assert len(open_bytes) <= self._config.coordinator.uploads_at_once, "too many uploads hold credit"
-        most = WINDOW_CHUNKS * chunk_bytes
+        most = MOST_CHUNKS * chunk_bytes
         assert all(size <= most for size in open_bytes), "an upload holds more than one window of credit"
 
     def stored(self, manifest: BlobManifest, raw: bytes) -> None:
