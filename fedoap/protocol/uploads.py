@@ -18,6 +18,7 @@ from fedoap.protocol.events import (
     CoordinatorEffect,
     DropPart,
     FinishPart,
+    Note,
     OpenPart,
     Send,
     SyncPart,
@@ -185,6 +186,8 @@ def _admit(one: Upload, now: float) -> list[CoordinatorEffect]:
     blob = one.manifest.blob
     opened = OpenPart(one.id, sealed_at(blob, blob.size), one.receiver.at)
     effects: list[CoordinatorEffect] = [] if one.is_open else [opened]
+    if not one.is_open and one.receiver.at:
+        effects.append(Note("upload_resumed", {"site": one.site, "at": one.receiver.at, "bytes": blob.size}))
     one.is_open, one.asked_at = True, -1
     if one.state == "waiting":
         one.state, one.moved_at = "receiving", now
