@@ -30,6 +30,10 @@ class TensorsError(FedoapError):
     """A set of tensors does not match its manifest or the model's schema."""
 
 
+class SealError(TensorsError):
+    """A sealed chunk does not open, or a key is none."""
+
+
 class UpdateError(TensorsError):
     """One site's update cannot be merged; `site` is whose, so that the others' can be merged without it."""
 

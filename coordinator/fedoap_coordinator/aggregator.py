@@ -1,7 +1,8 @@
 """The one process that does arithmetic on the sites' updates: `python -m fedoap_coordinator.aggregator JOB.json`.
 
-It reads a `MergeJob`, leaves durable blob files and, last and atomically, a `MergeResult` in
-`job.output`. It holds no socket, no key and no ledger; the daemon takes its files over. Exit code 0
+It reads a `MergeJob` from its file and the secret that opens the updates from standard input, leaves
+durable blob files and, last and atomically, a `MergeResult` in `job.output`. It holds no socket, no other
+key and no ledger; the daemon takes its files over. Exit code 0
 means that the result is there; 2 that the last line of standard error says what is wrong, and that the
 file `BLAME`, if there is one, names the site whose update is to blame.
 """
@@ -16,6 +17,7 @@ from fedoap.aggregation import convert, merge_models
 from fedoap.bank import merge_bank
 from fedoap.config import BlobFiles, Frozen, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
+from fedoap.seal import KEY_BYTES, SealedFile
 from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
 
 RESULT = "result.json"
@@ -25,7 +27,7 @@ BLAME = "blame"
 
 
 class MergeUpdate(Frozen):
-    """One site's upload: where its tensors lie, and the packed `UploadManifest` as hexadecimal digits."""
+    """One site's upload: where its tensors lie, sealed, and the packed `UploadManifest` as hexadecimal digits."""
 
     blob: Path
     upload: str
@@ -62,13 +64,14 @@ class MergeResult(Frozen):
     """Of the float32 original, where the blob is rounded to the wire's dtype."""
 
 
-def merge(job: MergeJob) -> MergeResult:
+def merge(job: MergeJob, secret: bytes) -> MergeResult:
     """Write the result's blobs into the job's folder and return their manifests.
 
     Raises:
         FedoapError: an update cannot be merged.
     """
-    updates = [(one.blob, UploadManifest.unpack(bytes.fromhex(one.upload))) for one in job.updates]
+    manifests = [UploadManifest.unpack(bytes.fromhex(one.upload)) for one in job.updates]
+    updates = [(SealedFile(one.blob, of, secret), of) for one, of in zip(job.updates, manifests, strict=True)]
     blob, master = job.output / BLOB, job.output / MASTER
     match job.kind:
         case "seed" | "bank":
@@ -76,7 +79,7 @@ def merge(job: MergeJob) -> MergeResult:
             return MergeResult(blob=bank.pack().hex())
         case "init":
             (source, first), *_ = updates
-            blob.hardlink_to(source)
+            convert(source, first.blob, blob, job.plan.wire.dtype)
             if job.plan.wire.dtype == "float32":
                 return MergeResult(blob=first.blob.pack().hex())
             exact = convert(source, first.blob, master, "float32")
@@ -91,11 +94,11 @@ def merge(job: MergeJob) -> MergeResult:
             raise StorageError(f"aggregation: {job.kind} without a model makes no result")
 
 
-def main(path: Path) -> None:
+def main(path: Path, secret: bytes) -> None:
     """Do the job that the file describes; its result is durable when this returns."""
     job = MergeJob.model_validate_json(path.read_bytes())
     try:
-        result = merge(job)
+        result = merge(job, secret)
     except UpdateError as error:
         (job.output / BLAME).write_text(error.site)
         raise
@@ -118,7 +121,7 @@ def _sync(path: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.stdin.buffer.read(KEY_BYTES))
     except (FedoapError, OSError, ValidationError) as error:
         sys.stderr.write(f"{' '.join(str(error).split())}\n")
         sys.exit(2)

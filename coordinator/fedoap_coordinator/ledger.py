@@ -32,6 +32,8 @@ create table if not exists updates(
   upload blob primary key, task blob not null references tasks(task), site text not null,
   packed blob not null, signature blob not null, stored real not null,
   counted integer not null default 0, unique(task, site));
+create table if not exists parts(
+  upload blob primary key, site text not null, packed blob not null, signature blob not null, at integer not null);
 create table if not exists published(blob blob primary key, manifest blob not null, made real not null);
 """
 BUSY_SECONDS = 10.0
@@ -58,6 +60,17 @@ class UpdateRow:
     upload: bytes
     manifest: UploadManifest
     counted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """An upload under way, which is durable as far as byte `at`."""
+
+    upload: bytes
+    site: str
+    manifest: UploadManifest
+    signature: bytes
+    at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +180,20 @@ class Ledger:
         """Record a committed upload; recording it twice is the same as once."""
         row = (upload, manifest.task, site, manifest.pack(), signature, now)
         self._run("insert or ignore into updates values(?,?,?,?,?,?,0)", *row)
+
+    def record_part(self, upload: bytes, site: str, manifest: UploadManifest, signature: bytes, at: int) -> None:
+        """Record how far an upload under way is durable."""
+        row = (upload, site, manifest.pack(), signature, at)
+        self._run("insert into parts values(?,?,?,?,?) on conflict(upload) do update set at=excluded.at", *row)
+
+    def forget_part(self, upload: bytes) -> None:
+        """Record that nothing of an upload under way can be relied on; there need not be any."""
+        self._run("delete from parts where upload=?", upload)
+
+    def parts(self) -> tuple[PartRow, ...]:
+        """Return the uploads that are durable in part, by site."""
+        rows = self._run("select upload, site, packed, signature, at from parts order by site, upload")
+        return tuple(PartRow(one, site, UploadManifest.unpack(packed), *rest) for one, site, packed, *rest in rows)
 
     def publish(self, manifest: BlobManifest, now: float) -> None:
         """Record a model or a bank that the coordinator made."""

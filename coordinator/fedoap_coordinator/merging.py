@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class Merging:
         (folder / "job.json").write_text(self._job(effect, folder).model_dump_json())
         with (folder / "errors").open("wb") as errors:
             command = [sys.executable, "-m", "fedoap_coordinator.aggregator", str(folder / "job.json")]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors)
+        _hand_over(process, effect.secret)
         self._running = _Running(effect.task, folder, process)
         return None
 
@@ -82,7 +84,8 @@ class Merging:
     def _job(self, effect: Aggregate, folder: Path) -> MergeJob:
         manifest, files = effect.manifest, self._store.files
         updates = tuple(
-            MergeUpdate(blob=files(one.manifest.blob).blob, upload=one.manifest.pack().hex()) for one in effect.updates
+            MergeUpdate(blob=self._store.blobs.files(one.upload).blob, upload=one.manifest.pack().hex())
+            for one in effect.updates
         )
         return MergeJob(
             kind=manifest.kind,
@@ -102,6 +105,13 @@ class Merging:
         master = BlobManifest.unpack(bytes.fromhex(result.master)) if result.master else None
         self._store.publish(Made(manifest, folder / BLOB, (folder / MASTER, master) if master else None))
         return manifest
+
+
+def _hand_over(process: subprocess.Popen[bytes], secret: bytes) -> None:
+    """Give the secret through a pipe: it is on no command line and in no further file."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:  # why it ended so early is said elsewhere
+        pipe.write(secret)
 
 
 def _blamed(path: Path) -> str:
