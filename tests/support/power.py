@@ -131,9 +131,9 @@ class Recorder:
 def cuts(moment: Moment, rng: random.Random) -> Iterator[dict[Path, bytes | None]]:
     """Yield each state that a power cut at this moment may leave: files with their bytes, folders with nothing."""
     changes = moment.changes
-    several = {changes[:upto] for upto in range(len(changes) + 1)}
-    several |= {changes[:one] + changes[one + 1 :] for one in range(len(changes))}
-    several |= {tuple(one for one in changes if rng.random() < 0.5) for _ in range(CHANCES)}
+    several = [changes[:upto] for upto in range(len(changes) + 1)]
+    several += [changes[:one] + changes[one + 1 :] for one in range(len(changes))]
+    several += [tuple(one for one in changes if rng.random() < 0.5) for _ in range(CHANCES)]
     seen = list[dict[Path, bytes | None]]()
     for kept in several:
         names = dict(moment.names)
