@@ -154,6 +154,7 @@ def lay_out(state: dict[Path, bytes | None], ledger: bytes, folder: Path, name: 
         if content is None:
             (folder / path).mkdir()
         else:
+            (folder / path).touch(mode=0o600)  # as a key must be
             (folder / path).write_bytes(content)
 
 
