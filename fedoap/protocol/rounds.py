@@ -31,7 +31,7 @@ from fedoap.protocol.exchange import Exchange, Tally
 from fedoap.protocol.history import History, OpenExchange, after
 from fedoap.protocol.uploads import Upload, Uploads
 from fedoap.seal import KEY_BYTES, public_half
-from fedoap.tensors import BlobManifest, TaskManifest
+from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest
 
 FIRST_MERGE_PAUSE_SECONDS = 10.0
 """Until a merge that failed is tried again; doubles each time, since a full disk needs an operator."""
@@ -281,6 +281,7 @@ class Rounds:
         record = RecordClosed(exchange.task, outcome, counted, result, reason)
         self.history = after(self.history, record)
         self.exchange = None
+        self.uploads.begin(NO_KEY)
         if outcome == "abandoned" and exchange.failed:
             self._open_at = self.now + self._pause_before_next()
         return [*self.uploads.clear(), record, _closed(exchange, record, self.now)]

@@ -159,6 +159,20 @@ def test_a_part_that_is_gone_when_it_is_to_go_on_is_begun_anew(state: Path, sent
         assert store.ledger.parts() == ()
 
 
+def test_what_is_written_is_on_its_way_to_the_disk_long_before_it_is_synced(
+    state: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: only at offsets that are multiples of the step, which sealed chunks never end at."""
+    started: list[tuple[int, int]] = []
+    monkeypatch.setattr("fedoap_coordinator.blobs.WRITE_BACK_BYTES", MIB)
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, at, size, __: started.append((at, size)))
+    with opened(state) as store:
+        for effect in (sent.opened, sent.open(), sent.write(0), sent.write(MIB), sent.write(2 * MIB)):
+            store.apply(effect)
+
+    assert started == [(0, MIB), (MIB, MIB)]
+
+
 def test_an_offset_is_recorded_only_after_the_data_and_the_name_are_on_the_disk(
     state: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
