@@ -2,7 +2,7 @@
 
 Beside each blob lies its packed manifest, written first: a blob that is there is whole and described.
 A part has its manifest beside it too. What of it outlasted a crash shows by its chunks' hashes, which are
-compared once at the start: that costs about a second for 2 GB, and no sync while the download runs.
+compared once at the start: nothing has to be synced or noted while the download runs.
 """
 
 import hashlib
