@@ -18,6 +18,7 @@ class Seals:
     def __init__(self, state: Path) -> None:
         self._folder = state / "seals"
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        sync_folder(state)  # else a power cut may take the folder away from around a synced secret
 
     def add(self, task: bytes, secret: bytes) -> None:
         """Keep the secret of an exchange; it is durable when this returns."""
