@@ -36,6 +36,9 @@ bench: $(READY)
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py $(SOAK)
+
 wheel: $(READY)
 	$(BIN)/python -m build --outdir dist .
 

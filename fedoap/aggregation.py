@@ -23,6 +23,7 @@ from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
 from fedoap.messages import CHUNK_BYTES
 from fedoap.robust import median, outlier, trimmed_mean
+from fedoap.seal import SealedFile
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec, UploadManifest, as_float32, bfloat16_bits
 
 SLICE_VALUES = 1 << 19
@@ -32,7 +33,7 @@ MATRIX_SLICES = 4
 
 
 def merge_models(
-    updates: Sequence[tuple[Path, UploadManifest]],
+    updates: Sequence[tuple[Path | SealedFile, UploadManifest]],
     base: tuple[Path, BlobManifest],
     strategy: StrategyConfig,
     output: Path,
@@ -79,7 +80,7 @@ def site_weight(manifest: UploadManifest, strategy: StrategyConfig) -> float:
     return float(manifest.cases) if strategy.weighting == "cases" else 1.0
 
 
-def convert(path: Path, manifest: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
+def convert(path: Path | SealedFile, manifest: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
     """Write a blob anew with its floats as `dtype` and return the new manifest; whole numbers stay as they are.
 
     Raises:
@@ -163,9 +164,9 @@ class BlobWriter:
 class _Source:
     """A blob on disk that is read in pieces; no descriptor stays open, however many sites there are."""
 
-    def __init__(self, path: Path, manifest: BlobManifest) -> None:
-        size = path.stat().st_size
-        if size != manifest.size:
+    def __init__(self, path: Path | SealedFile, manifest: BlobManifest) -> None:
+        if isinstance(path, Path) and path.stat().st_size != manifest.size:
+            size = path.stat().st_size
             raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.size}")
         self._path = path
         self._tensors = list(manifest.offsets())
@@ -179,6 +180,8 @@ class _Source:
         spec, at = self._tensors[index]
         item = ITEM_BYTES[spec.dtype]
         wanted = (stop - start) * item
+        if isinstance(self._path, SealedFile):
+            return self._path.read(at + start * item, wanted)
         with self._path.open("rb", buffering=0) as file:
             data = os.pread(file.fileno(), wanted, at + start * item)
         if len(data) != wanted:
@@ -186,7 +189,7 @@ class _Source:
         return data
 
 
-def _check_updates(updates: Sequence[tuple[Path, UploadManifest]], path: Path, base: BlobManifest) -> None:
+def _check_updates(updates: Sequence[tuple[Path | SealedFile, UploadManifest]], path: Path, base: BlobManifest) -> None:
     if not updates:
         raise TensorsError(f"{path}: no update to merge")
     whole = [spec.name for spec in base.tensors if spec.dtype == "int64"]

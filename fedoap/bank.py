@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from fedoap.config import Plan
 from fedoap.errors import TensorsError, UpdateError
-from fedoap.tensors import BlobManifest, UploadManifest, read_blob, write_blob
+from fedoap.seal import SealedFile
+from fedoap.tensors import BlobManifest, UploadManifest, parse_blob, read_blob, write_blob
 
 BankKind: TypeAlias = Literal["seed", "bank"]
 Floats: TypeAlias = NDArray[np.float64]
@@ -42,7 +43,7 @@ class _Sums:
 
 def merge_bank(
     kind: BankKind,
-    updates: Sequence[tuple[Path, UploadManifest]],
+    updates: Sequence[tuple[Path | SealedFile, UploadManifest]],
     previous: tuple[Path, BlobManifest] | None,
     plan: Plan,
     output: Path,
@@ -88,9 +89,10 @@ def log_weights(counts: Counts, mass: float) -> NDArray[np.float32]:
     return weights.astype(np.float32)
 
 
-def _read_sums(path: Path, manifest: UploadManifest, kind: BankKind, plan: Plan) -> _Sums:
+def _read_sums(path: Path | SealedFile, manifest: UploadManifest, kind: BankKind, plan: Plan) -> _Sums:
     _check_table(manifest, kind, plan)
-    tensors = read_blob(path, manifest.blob)
+    blob = manifest.blob
+    tensors = parse_blob(b"".join(path.chunks()), blob) if isinstance(path, SealedFile) else read_blob(path, blob)
     counts, patients = tensors["counts"].astype(np.int64), tensors["patients"].astype(np.int64)
     sums = _Sums(counts, tensors["keys"].astype(np.float64), tensors["values"].astype(np.float64))
     content = np.concatenate([sums.keys, sums.values], axis=1)

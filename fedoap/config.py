@@ -9,43 +9,19 @@ is visible in `fed.example.toml` and `site.example.toml`, which a test loads.
 import hashlib
 import json
 import math
-import os
 import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedoap.errors import ConfigError
+from fedoap.fields import PROXY_PATTERN, Endpoint, Fraction, Frozen, Name, Positive
 from fedoap.toml import first_line, load_toml
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
-PROXY_PATTERN = (
-    r"^(?P<kind>socks5|http)://((?P<user>[^:@/\s]+):(?P<password>[^:@/\s]*)@)?"
-    r"(?P<at>(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):\d{1,5})$"
-)
-ENDPOINT_PATTERN = r"^tcp://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.*-]+):(\d{1,5}|\*)$"
-
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-"""A site's or federation's name: lower-case letters, digits, `_` and `-`; safe as a folder's name."""
-
-Endpoint = Annotated[str, Field(pattern=ENDPOINT_PATTERN)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Attention = Literal["off", "projection", "joint", "gated"]
 Modality = Literal["mr", "ct", "ultrasound", "photo"]
-
-
-KERNELS_VARIABLE = "FEDOAP_KERNELS"
-BACKENDS = ("auto", "eager", "triton")
-"""What it may ask for; `fedoap.kernels.backend` says the same, but nobody can read it without loading torch."""
-
-
-class Frozen(BaseModel):
-    """A section of a configuration file: immutable, and no key but those declared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NetworkConfig(Frozen):
@@ -385,17 +361,6 @@ class ModelRecord(Frozen):
     bank: BlobFiles | None = None
     personal: Path | None = None
     """Folder with the site's `personal.safetensors`; a model without it runs on the shared path."""
-
-
-def check_kernels_setting() -> None:
-    """Return if the environment variable FEDOAP_KERNELS is unset or names a backend.
-
-    Raises:
-        ConfigError: it names no backend.
-    """
-    asked = os.environ.get(KERNELS_VARIABLE) or "auto"
-    if asked not in BACKENDS:
-        raise ConfigError(f"{KERNELS_VARIABLE} is {asked!r}, but must be one of {', '.join(BACKENDS)}")
 
 
 def load_federation(path: Path) -> FederationConfig:

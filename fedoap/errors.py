@@ -34,6 +34,10 @@ class ChainError(FedoapError):
     """A record of the chain of rounds does not have the form of its version."""
 
 
+class SealError(TensorsError):
+    """A sealed chunk does not open, or a key is none."""
+
+
 class UpdateError(TensorsError):
     """One site's update cannot be merged; `site` is whose, so that the others' can be merged without it."""
 

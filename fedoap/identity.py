@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedoap.config import ENDPOINT_PATTERN, NAME_PATTERN
 from fedoap.errors import IdentityError, StorageError
+from fedoap.fields import ENDPOINT_PATTERN, NAME_PATTERN
 
 TASK_CONTEXT = b"fedoap/1 task\0"
 UPLOAD_CONTEXT = b"fedoap/1 upload\0"

@@ -20,7 +20,7 @@ import msgpack
 from fedoap.bounds import Check, Length, Range, check, rule
 from fedoap.errors import MessageError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CHUNK_BYTES = 1 << 20
 """Largest piece of a blob in one message: the knee of ZeroMQ's throughput."""
 MAX_HEADER_BYTES = 4096
@@ -145,7 +145,7 @@ class Offer(_Message):
 
 @dataclass(frozen=True, slots=True)
 class Chunk(_Message):
-    """One chunk of an upload, body raw; answered by `Credit` now and then, by `Commit` after the last, or `Refuse`."""
+    """One sealed chunk of an upload; answered by `Credit` now and then, by `Commit` after the last, or `Refuse`."""
 
     type: ClassVar[str] = "chunk"
     max_body: ClassVar[int] = MAX_BODY_BYTES

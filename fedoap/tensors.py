@@ -6,8 +6,9 @@ name, so a name fixes every byte. Nothing here knows torch: bfloat16 is `uint16`
 """
 
 import hashlib
+import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from fedoap.messages import CHUNK_BYTES
 
 MANIFEST_VERSION = 1
 HASH_BYTES = 32
+NO_KEY = bytes(32)
+"""Stands for no X25519 key: no secret agrees with it on anything, so nothing can be sealed for it."""
 Dtype: TypeAlias = Literal["float32", "bfloat16", "int64"]
 ITEM_BYTES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "int64": 8}
 TaskKind: TypeAlias = Literal["init", "seed", "bank", "train", "calibrate"]
@@ -110,6 +113,8 @@ class TaskManifest:
     deadline_seconds: int
     model: BlobManifest | None = None
     bank: BlobManifest | None = None
+    seal_key: bytes = NO_KEY
+    """Public half of the exchange's own key, which uploads are sealed for (`fedoap.seal`)."""
 
     @property
     def work(self) -> bytes:
@@ -136,6 +141,7 @@ class TaskManifest:
                 "deadline": self.deadline_seconds,
                 "model": self.model.pack() if self.model else b"",
                 "bank": self.bank.pack() if self.bank else b"",
+                "seal": self.seal_key,
             }
         )
 
@@ -158,10 +164,14 @@ class TaskManifest:
                 "deadline": int(deadline),
                 "model": bytes(model),
                 "bank": bytes(bank),
+                "seal": bytes(seal),
                 **rest,
             } if not rest and kind in get_args(TaskKind) and all(isinstance(name, str) for name in cohort):
-                blobs = [BlobManifest.unpack(blob) if blob else None for blob in (model, bank)]
-                return cls(federation, plan, cast(TaskKind, kind), number, attempt, tuple(cohort), deadline, *blobs)
+                if len(seal) != len(NO_KEY):
+                    raise TensorsError(f"task: the seal's key has {len(seal)} bytes, but must have {len(NO_KEY)}")
+                base, slots = (BlobManifest.unpack(blob) if blob else None for blob in (model, bank))
+                step = cast(TaskKind, kind), number, attempt
+                return cls(federation, plan, *step, tuple(cohort), deadline, base, slots, seal)
             case _:
                 raise TensorsError("task: keys or types are not those of version 1")
 
@@ -175,6 +185,8 @@ class UploadManifest:
     cases: int
     metrics: tuple[tuple[str, float], ...]
     blob: BlobManifest
+    seal_key: bytes = NO_KEY
+    """Public half of the upload's own key (`fedoap.seal`); none where there is no tensor to seal."""
 
     def pack(self) -> bytes:
         """Return the canonical bytes; their SHA-256 is the upload's name."""
@@ -186,6 +198,7 @@ class UploadManifest:
                 "cases": self.cases,
                 "metrics": dict(self.metrics),
                 "blob": self.blob.pack(),
+                "seal": self.seal_key,
             }
         )
 
@@ -204,13 +217,14 @@ class UploadManifest:
                 "cases": int(cases),
                 "metrics": dict(metrics),
                 "blob": bytes(blob),
+                "seal": bytes(seal),
                 **rest,
-            } if not rest and cases >= 0:
+            } if not rest and cases >= 0 and len(seal) == len(NO_KEY):
                 if not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values()):
                     raise TensorsError("upload: a metric is not a finite number")
                 if not all(isinstance(name, str) and 0 < len(name) <= 64 for name in metrics):
                     raise TensorsError("upload: a metric's name must have 1 to 64 characters")
-                return cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob))
+                return cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob), seal)
             case _:
                 raise TensorsError("upload: keys or types are not those of version 1")
 
@@ -267,12 +281,21 @@ def read_blob(path: Path, manifest: BlobManifest) -> dict[str, NDArray[np.generi
     size = path.stat().st_size
     if size != manifest.size:
         raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.size}")
-    tensors: dict[str, NDArray[np.generic]] = {}
     with path.open("rb") as file:
-        for spec in manifest.tensors:
-            raw = file.read(spec.size)
-            values = np.frombuffer(raw, "<i8") if spec.dtype == "int64" else as_float32(raw, spec.dtype)
-            tensors[spec.name] = values.reshape(spec.shape)
+        return _tensors(file.read, manifest)
+
+
+def parse_blob(data: bytes, manifest: BlobManifest) -> dict[str, NDArray[np.generic]]:
+    """Return the tensors of a blob's bytes: float32 (bfloat16 widened) and int64."""
+    return _tensors(io.BytesIO(data).read, manifest)
+
+
+def _tensors(read: Callable[[int], bytes], manifest: BlobManifest) -> dict[str, NDArray[np.generic]]:
+    tensors: dict[str, NDArray[np.generic]] = {}
+    for spec in manifest.tensors:
+        raw = read(spec.size)
+        values = np.frombuffer(raw, "<i8") if spec.dtype == "int64" else as_float32(raw, spec.dtype)
+        tensors[spec.name] = values.reshape(spec.shape)
     return tensors
 
 

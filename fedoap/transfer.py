@@ -4,10 +4,9 @@ A blob travels in its manifest's chunks, in order, at absolute offsets. Nothing 
 is checked as it passes and written by whoever called, so memory does not grow with the model. A chunk
 that is lost, repeated or out of order costs time only.
 
-What is to come fits in at these places: durable resume is a `Receiver` that starts at a recorded offset
-(`at`, and the `FiniteScan` told the tail of the bytes before it); a seal is opened in `Receiver.take`
-before the hash is compared; a secure sum's masked integers are tensors of a dtype that `FiniteScan`
-passes over.
+A transfer that a restart cut short goes on at a recorded offset: its `Receiver` starts there, told the
+`tail` of the bytes before it, because a number may straddle the two. What is to come fits in here: a
+secure sum's masked integers are tensors of a dtype that `FiniteScan` passes over.
 """
 
 import hashlib
@@ -17,11 +16,15 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from fedoap.errors import RefusedError
+from fedoap.errors import RefusedError, SealError
+from fedoap.pace import FIRST_CHUNKS, Window
+from fedoap.seal import TAG_BYTES, Seal
 from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 
-WINDOW_CHUNKS = 8
-"""Chunks that may be under way at a time, for each upload and each download."""
+CHECKPOINT_CHUNKS = 32
+"""After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
+TAIL_BYTES = max(ITEM_BYTES.values()) - 1
+"""The longest start of a number that lies before an offset."""
 QUIET_SECONDS = 10.0
 """A download that stood still for so long is asked for again; the pause doubles up to a minute."""
 LONGEST_QUIET_SECONDS = 60.0
@@ -31,14 +34,19 @@ Range: TypeAlias = tuple[int, int]
 
 
 class FiniteScan:
-    """Looks for floats that are not finite in a blob whose bytes come by in order."""
+    """Looks for floats that are not finite in a blob whose bytes come by in order, from byte `at` on.
+
+    `tail` is what lies before `at`: at least the last `TAIL_BYTES`, or all there are.
+    """
 
     __slots__ = ("_blob", "_carry", "_runs")
 
-    def __init__(self, blob: BlobManifest) -> None:
+    def __init__(self, blob: BlobManifest, at: int = 0, tail: bytes = b"") -> None:
         self._blob = blob
         self._runs = _float_runs(blob)
-        self._carry = b""  # the start of an element that the next chunk completes
+        begun = _begun(self._runs, at)
+        assert begun <= len(tail), "the tail must reach back to where the number begins"
+        self._carry = tail[len(tail) - begun :]  # the start of an element that the next chunk completes
 
     def first_bad(self, at: int, body: memoryview) -> str | None:
         """Return the tensor that holds the first number that is not finite in the blob's next bytes."""
@@ -66,50 +74,76 @@ class FiniteScan:
 
 
 class Receiver:
-    """Takes a blob in, chunk by chunk: `at` is the byte expected next, `upto` where its credit ends."""
+    """Takes a blob in, chunk by chunk: `at` is the byte expected next, `upto` where its credit ends.
 
-    __slots__ = ("_scan", "_window", "at", "blob", "upto")
+    Offsets are those of the plain blob; with a `seal` the chunks come sealed, each longer by its tag.
+    """
 
-    def __init__(self, blob: BlobManifest, *, finite: bool = True, window_chunks: int = WINDOW_CHUNKS) -> None:
-        self.blob = blob
-        self.at = self.upto = 0
-        self._window = window_chunks * blob.chunk_bytes
-        self._scan = FiniteScan(blob) if finite else None
+    __slots__ = ("_scan", "_seal", "at", "blob", "upto", "window")
+
+    def __init__(
+        self,
+        blob: BlobManifest,
+        *,
+        finite: bool = True,
+        window_chunks: int = FIRST_CHUNKS,
+        at: int = 0,
+        tail: bytes = b"",
+        seal: Seal | None = None,
+    ) -> None:
+        self.blob, self._seal = blob, seal
+        self.at = self.upto = at
+        self.window = Window(blob.chunk_bytes, window_chunks)
+        self._scan = FiniteScan(blob, at, tail) if finite else None
 
     @property
     def is_complete(self) -> bool:
         """Whether every byte has passed."""
         return self.at == self.blob.size
 
-    def grant(self) -> int:
-        """Give credit for a window from here, and return where it ends."""
-        self.upto = min(self.blob.size, self.at + self._window)
+    def grant(self, now: float) -> int:
+        """Give credit for a window from here, and return where it ends; what was given stays given."""
+        upto = min(self.blob.size, self.at + self.window.size)
+        if upto > self.upto:
+            self.window.let_go(self.at, self.upto, now)
+            self.upto = upto
         return self.upto
 
     def withdraw(self) -> None:
-        """Take back credit that was not used."""
+        """Take back credit that was not used; the next measures the line anew."""
         self.upto = self.at
+        self.window.restart()
 
-    def take(self, at: int, body: memoryview) -> Taken:
+    def take(self, at: int, body: memoryview, now: float) -> Taken:
         """Return what the chunk is: the next one, which counts as received, or one that changes nothing.
 
         Raises:
-            RefusedError: it lies beyond the credit, or has the wrong length, hash or content; nothing changes.
+            RefusedError: it lies beyond the credit, does not open, or has the wrong length, hash or content;
+                nothing changes.
         """
         if at != self.at or self.is_complete:
             return "gap" if at > self.at else "repeated"
         size, digest = self.blob.chunk(at)
         if at + size > self.upto:
             raise RefusedError("malformed", f"chunk at byte {at} lies beyond the credit, which ends at {self.upto}")
-        if len(body) != size:
-            raise RefusedError("malformed", f"chunk at byte {at} has {len(body)} bytes, but must have {size}")
-        if hashlib.sha256(body).digest() != digest:
+        wanted = size + TAG_BYTES if self._seal else size
+        if len(body) != wanted:
+            raise RefusedError("malformed", f"chunk at byte {at} has {len(body)} bytes, but must have {wanted}")
+        plain = self._open(at, body)
+        if hashlib.sha256(plain).digest() != digest:
             raise RefusedError("corrupt", f"chunk at byte {at} does not have the hash that the manifest names")
-        bad = self._scan.first_bad(at, body) if self._scan else None
+        bad = self._scan.first_bad(at, plain) if self._scan else None
         if bad is not None:
             raise RefusedError("not_finite", f"tensor {bad} holds a number that is not finite")
         self.at += size
+        self.window.arrived(self.at, now)
         return "new"
+
+    def _open(self, at: int, body: memoryview) -> memoryview:
+        try:
+            return memoryview(self._seal.open(at, body)) if self._seal else body
+        except SealError as error:
+            raise RefusedError("corrupt", str(error)) from None
 
 
 class Sender:
@@ -151,12 +185,12 @@ class Sender:
 class Fetcher:
     """Downloads a blob: says which ranges to ask for, so that a window is always under way."""
 
-    __slots__ = ("_asked", "_heard", "_quiet", "_receiver", "_reported", "_step")
+    __slots__ = ("_asked", "_heard", "_quiet", "_receiver", "_reported")
 
-    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = WINDOW_CHUNKS) -> None:
-        self._receiver = Receiver(blob, finite=False)  # the signed manifest's hash already fixes every bit
-        self._step = max(1, window_chunks // 2) * blob.chunk_bytes
-        self._asked, self._reported = 0, -1
+    def __init__(self, blob: BlobManifest, now: float, *, window_chunks: int = FIRST_CHUNKS, at: int = 0) -> None:
+        # not looked at for floats: the signed manifest's hash already fixes every bit
+        self._receiver = Receiver(blob, finite=False, at=at, window_chunks=window_chunks)
+        self._asked, self._reported = at, -1
         self._heard, self._quiet = now, QUIET_SECONDS
 
     @property
@@ -169,12 +203,14 @@ class Fetcher:
         """Whether every byte has passed."""
         return self._receiver.is_complete
 
-    def ask(self) -> list[Range]:
-        """Return the ranges [at, upto) to ask for now, perhaps none."""
-        ranges = []
-        while self._asked < self.blob.size and self._asked - self._receiver.at <= self._step:
-            upto = min(self.blob.size, self._asked + self._step)
+    def ask(self, now: float) -> list[Range]:
+        """Return the ranges [at, upto) to ask for now, half a window each, perhaps none."""
+        ranges, chunk, window = [], self.blob.chunk_bytes, self._receiver.window
+        step = max(1, window.size // chunk // 2) * chunk
+        while self._asked < self.blob.size and self._asked - self._receiver.at <= step:
+            upto = min(self.blob.size, self._asked + step)
             ranges.append((self._asked, upto))
+            window.let_go(self._receiver.at, self._asked, now)
             self._asked = self._receiver.upto = upto
         return ranges
 
@@ -184,7 +220,7 @@ class Fetcher:
         Raises:
             RefusedError: it has the wrong length or hash.
         """
-        taken = self._receiver.take(at, body)
+        taken = self._receiver.take(at, body, now)
         if taken == "new":
             self._heard = now
         elif taken == "gap" and self._reported != self._receiver.at:
@@ -195,6 +231,7 @@ class Fetcher:
     def restart(self, now: float) -> None:
         """Ask again from the first byte that is missing."""
         self._asked, self._heard = self._receiver.at, now
+        self._receiver.window.restart()
 
     def restart_if_quiet(self, now: float) -> None:
         """Ask again if nothing came for a while; each time with more patience, as a slow link needs it."""
@@ -240,6 +277,11 @@ def _float_runs(blob: BlobManifest) -> list[tuple[int, int, Dtype]]:
             runs.append((at, stop, dtype))
         at = stop
     return runs
+
+
+def _begun(runs: list[tuple[int, int, Dtype]], at: int) -> int:
+    """Return how many bytes before `at` belong to a float that goes on after it."""
+    return next(((at - start) % ITEM_BYTES[dtype] for start, stop, dtype in runs if start < at < stop), 0)
 
 
 def _dtype(spec: TensorSpec) -> Dtype:

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from fedoap.config import (
     FederationConfig,
-    Frozen,
     Plan,
     SiteConfig,
     SiteData,
@@ -18,6 +17,7 @@ from fedoap.config import (
     load_site,
 )
 from fedoap.errors import ConfigError
+from fedoap.fields import Frozen
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"federation", "sites", "data.datalist"}

@@ -1,14 +1,14 @@
 """The one process that does arithmetic on the sites' updates: `python -m fedoap_coordinator.aggregator`.
 
-Each line of its standard input names a `MergeJob`'s file. It leaves durable blob files and, last and
-atomically, a `MergeResult` in `job.output`, then writes the job's name to standard output, and ends with
-its input. It holds no socket, no key and no ledger; the daemon takes its files over. It ends with exit
+Each line of its standard input gives the secret that opens a job's updates, as hexadecimal digits, and names
+its `MergeJob`'s file. It leaves durable blob files and, last and atomically, a `MergeResult` in `job.output`,
+then writes the job's name to standard output, and ends with its input. It holds no socket, no other key and
+no ledger; the daemon takes its files over. It ends with exit
 code 2 at the first job that cannot be done: the last line of standard error says what is wrong, and the
 file `BLAME`, if there is one, names the site whose update is to blame.
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,8 +17,10 @@ from pydantic import ValidationError
 
 from fedoap.aggregation import convert, merge_models
 from fedoap.bank import merge_bank
-from fedoap.config import BlobFiles, Frozen, Plan
+from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
+from fedoap.fields import Frozen
+from fedoap.seal import SealedFile
 from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
 
 RESULT = "result.json"
@@ -28,7 +30,7 @@ BLAME = "blame"
 
 
 class MergeUpdate(Frozen):
-    """One site's upload: where its tensors lie, and the packed `UploadManifest` as hexadecimal digits."""
+    """One site's upload: where its tensors lie, sealed, and the packed `UploadManifest` as hexadecimal digits."""
 
     blob: Path
     upload: str
@@ -65,13 +67,14 @@ class MergeResult(Frozen):
     """Of the float32 original, where the blob is rounded to the wire's dtype."""
 
 
-def merge(job: MergeJob) -> MergeResult:
+def merge(job: MergeJob, secret: bytes) -> MergeResult:
     """Write the result's blobs into the job's folder and return their manifests.
 
     Raises:
         FedoapError: an update cannot be merged.
     """
-    updates = [(one.blob, UploadManifest.unpack(bytes.fromhex(one.upload))) for one in job.updates]
+    manifests = [UploadManifest.unpack(bytes.fromhex(one.upload)) for one in job.updates]
+    updates = [(SealedFile(one.blob, of, secret), of) for one, of in zip(job.updates, manifests, strict=True)]
     blob, master = job.output / BLOB, job.output / MASTER
     match job.kind:
         case "seed" | "bank":
@@ -79,7 +82,7 @@ def merge(job: MergeJob) -> MergeResult:
             return MergeResult(blob=bank.pack().hex())
         case "init":
             (source, first), *_ = updates
-            _place(source, blob)
+            convert(source, first.blob, blob, job.plan.wire.dtype)
             if job.plan.wire.dtype == "float32":
                 return MergeResult(blob=first.blob.pack().hex())
             exact = convert(source, first.blob, master, "float32")
@@ -94,11 +97,11 @@ def merge(job: MergeJob) -> MergeResult:
             raise StorageError(f"aggregation: {job.kind} without a model makes no result")
 
 
-def main(path: Path) -> None:
+def main(path: Path, secret: bytes) -> None:
     """Do the job that the file describes; its result is durable when this returns."""
     job = MergeJob.model_validate_json(path.read_bytes())
     try:
-        result = merge(job)
+        result = merge(job, secret)
     except UpdateError as error:
         (job.output / BLAME).write_text(error.site)
         raise
@@ -108,13 +111,6 @@ def main(path: Path) -> None:
     draft.write_text(result.model_dump_json())
     _sync(draft)
     draft.replace(job.output / RESULT)
-
-
-def _place(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-    except OSError:  # `verify` works on another file system, perhaps
-        shutil.copyfile(source, target)
 
 
 def _sync(path: Path) -> None:
@@ -129,8 +125,9 @@ def _sync(path: Path) -> None:
 def serve(jobs: Iterable[str]) -> None:
     """Do one job after the other, and say after each that it is done."""
     for line in jobs:
-        main(Path(line.removesuffix("\n")))
-        sys.stdout.write(line)
+        secret, _, path = line.removesuffix("\n").partition(" ")
+        main(Path(path), bytes.fromhex(secret))
+        sys.stdout.write(f"{path}\n")
         sys.stdout.flush()
 
 

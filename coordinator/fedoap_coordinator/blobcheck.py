@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fedoap.config import BlobFiles, Plan
-from fedoap.errors import FedoapError
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap.errors import FedoapError, UpdateError
+from fedoap.seal import SealedFile
+from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.aggregator import MergeResult, merge
-from fedoap_coordinator.jobs import merge_job, read_upload, stored_upload
+from fedoap_coordinator.jobs import merge_job, upload_files
+from fedoap_coordinator.seals import secret_of
 
 
 class Gone(Exception):  # noqa: N818 - no error where a coordinator at work has just deleted the file
@@ -38,12 +40,23 @@ def check_upload(state: Path, upload: UploadManifest) -> Iterator[str]:
     Raises:
         Gone: they are not there.
     """
-    one = stored_upload(state, upload)
-    yield from check_manifest(one.blob.with_name(f"{one.blob.name}.manifest"), upload.blob)
-    yield from _check_chunks(one.blob, upload.blob, lambda at, size: read_upload(one, at, size))
+    files, blob = upload_files(state, upload), upload.blob
+    yield from check_manifest(files.manifest, upload)
+    secret = secret_of(state, upload.task)
+    if secret is None:
+        yield f"{files.blob}: the key of its seal is gone, so nobody can open it"
+        return
+    try:
+        sealed = SealedFile(files.blob, upload, secret)
+        for at in range(0, blob.size, blob.chunk_bytes):
+            yield from _check_sealed(files.blob, sealed, blob, at)
+    except FileNotFoundError:
+        raise Gone(str(files.blob)) from None
+    except FedoapError as error:
+        yield f"{files.blob}: {error}"
 
 
-def check_manifest(path: Path, manifest: BlobManifest) -> Iterator[str]:
+def check_manifest(path: Path, manifest: BlobManifest | UploadManifest) -> Iterator[str]:
     """Yield a fault if a manifest's file is not exactly the manifest.
 
     Raises:
@@ -66,8 +79,10 @@ def remake(
         FedoapError: the uploads make no result.
         FileNotFoundError: an input is not there.
     """
+    given = tuple(uploads)
+    secret = secret_of(state, given[0].task) if given else None
     with tempfile.TemporaryDirectory(prefix="fedoap-verify-") as folder:
-        made: MergeResult = merge(merge_job(task, uploads, plan, state, Path(folder)))
+        made: MergeResult = merge(merge_job(task, given, plan, state, Path(folder)), secret or NO_KEY)
     exact = BlobManifest.unpack(bytes.fromhex(made.master)) if made.master else None
     return BlobManifest.unpack(bytes.fromhex(made.blob)), exact
 
@@ -103,6 +118,16 @@ def _check_chunks(path: Path, manifest: BlobManifest, read: Callable[[int, int],
             yield f"{path}: is longer than the {manifest.size} bytes that its manifest says"
     except FileNotFoundError:
         raise Gone(str(path)) from None
+
+
+def _check_sealed(path: Path, sealed: SealedFile, blob: BlobManifest, at: int) -> Iterator[str]:
+    size, wanted = blob.chunk(at)
+    where = f"{path}: chunk {at // blob.chunk_bytes} (bytes {at} to {at + size}, {_tensor(blob, at)})"
+    try:
+        if hashlib.sha256(sealed.read(at, size)).digest() != wanted:
+            yield f"{where} is not what its manifest says"
+    except UpdateError:
+        yield f"{where} does not open: its sealed bytes were altered"
 
 
 def _tensor(manifest: BlobManifest, at: int) -> str:

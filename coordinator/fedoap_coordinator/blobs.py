@@ -1,10 +1,13 @@
 """Blobs and parts on disk.
 
+Models and banks are plain and go by the SHA-256 of their manifest, as sites ask for them. Uploads stay
+sealed, as a part and after, and go by the upload's name.
+
 A part is preallocated when it is opened, so that a full disk is known before a byte is accepted. It
 becomes a blob in this order: data to disk, manifest beside, rename, folder to disk. A crash between
-any two steps leaves either a part (deleted at the next start) or a blob that no row names (deleted
-by `keep_only`). A refusal for want of space is a value; any other error of the disk ends the daemon,
-because after a failed fsync nobody knows what is on the disk.
+any two steps leaves either a part (deleted at the next start, unless a row says how far it is durable)
+or a blob that no row names (deleted by `keep_only`). A refusal for want of space is a value; any other
+error of the disk ends the daemon, because after a failed fsync nobody knows what is on the disk.
 """
 
 import errno
@@ -15,28 +18,30 @@ from typing import Literal
 from fedoap.config import BlobFiles
 from fedoap.errors import StorageError
 from fedoap.identity import sync_folder
-from fedoap.tensors import BlobManifest
+from fedoap.seal import sealed_at
+from fedoap.tensors import BlobManifest, UploadManifest
+from fedoap_coordinator.seals import Seals
 
 RESERVE_BYTES = 64 << 20
 """Free space that no upload may take, so that the ledger and the log can still be written."""
 BLOBS = "blobs"
 WRITE_BACK_BYTES = 8 << 20
+LOST = "the part of the upload that had arrived is lost; offer it again"
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 Trouble = tuple[Literal["no_space", "corrupt"], str]
 
 
 class Blobs:
-    """The folders `blobs` and `parts` of a state folder; parts left by an earlier run are gone."""
+    """The folders `blobs` and `parts` of a state folder, and `seals`, which opens some of what lies there."""
 
     def __init__(self, state: Path, reserve_bytes: int = RESERVE_BYTES) -> None:
         self._state, self._blobs, self._parts = state, state / BLOBS, state / "parts"
         self._reserve = reserve_bytes
         self._open: dict[bytes, int] = {}
+        self.seals = Seals(state)
         for folder in (self._blobs, self._parts):
             folder.mkdir(mode=0o700, exist_ok=True)
         sync_folder(state)  # else a power cut may take the folder away from around a synced blob
-        for leftover in self._parts.iterdir():
-            leftover.unlink()
 
     def files(self, blob: bytes) -> BlobFiles:
         """Return where a blob and its manifest lie."""
@@ -45,6 +50,13 @@ class Blobs:
     def master(self, blob: bytes) -> BlobFiles:
         """Return where the float32 original of a rounded blob lies."""
         return exact_files(self._state, blob)
+
+    def keep_parts(self, needed: frozenset[bytes]) -> None:
+        """Delete every part that an earlier run left but these."""
+        names = {part.hex() for part in needed}
+        for leftover in self._parts.iterdir():
+            if leftover.name not in names:
+                leftover.unlink()
 
     def open_part(self, part: bytes, size: int) -> Trouble | None:
         """Make room for a part, empty whatever was there before, or say why not."""
@@ -58,25 +70,55 @@ class Blobs:
             return self._trouble(part, error)
         return self._no_space(part) if free.f_bavail * free.f_frsize < self._reserve else None
 
+    def reopen_part(self, part: bytes, size: int) -> Trouble | None:
+        """Go on with a part that an earlier run left, or say why not."""
+        try:
+            descriptor = os.open(self._path(part), os.O_RDWR)
+        except FileNotFoundError:
+            return "corrupt", LOST
+        self._open[part] = descriptor
+        return None if os.fstat(descriptor).st_size == size else ("corrupt", LOST)
+
+    def sync_part(self, part: bytes) -> bool:
+        """Make what was written of a part durable, and its name; return whether there is such a part."""
+        descriptor = self._open.get(part)
+        if descriptor is None:
+            return False
+        try:
+            os.fdatasync(descriptor)
+            sync_folder(self._parts)
+        except OSError as error:
+            raise self._fatal(self._path(part), error) from None
+        return True
+
+    def read_part(self, part: bytes, at: int, size: int) -> bytes:
+        """Return bytes [at, at + size) of a part that an earlier run left; fewer where there are not so many."""
+        try:
+            with self._path(part).open("rb") as file:
+                return os.pread(file.fileno(), size, at)
+        except FileNotFoundError:
+            return b""
+
     def write_part(self, part: bytes, at: int, data: bytes | memoryview) -> Trouble | None:
         """Write bytes at their offset, or say why not."""
         descriptor = self._open.get(part)
         if descriptor is None:
             return "corrupt", "the upload is not open; offer it again"
+        before = at // WRITE_BACK_BYTES
         try:
             while data:
                 written = os.pwrite(descriptor, data, at)
                 data, at = memoryview(data)[written:], at + written
-            if at % WRITE_BACK_BYTES == 0:
+            if at // WRITE_BACK_BYTES > before:
                 # Dirty pages cannot be dropped, so this only starts to write them: the fdatasync at the end, during
                 # which no other site is answered, then has little left to do (80 ms -> 3 ms for 200 MB).
-                os.posix_fadvise(descriptor, at - WRITE_BACK_BYTES, WRITE_BACK_BYTES, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(descriptor, before * WRITE_BACK_BYTES, WRITE_BACK_BYTES, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             return self._trouble(part, error)
         return None
 
-    def finish_part(self, part: bytes, manifest: BlobManifest) -> Trouble | None:
-        """Make a complete part a durable blob of the manifest's name, or say why not."""
+    def finish_part(self, part: bytes, upload: UploadManifest) -> Trouble | None:
+        """Make a complete part, which stays sealed, a durable blob of the part's name, or say why not."""
         descriptor = self._open.pop(part, None)
         if descriptor is None:
             return "corrupt", "the upload is not open; offer it again"
@@ -87,10 +129,11 @@ class Blobs:
             raise self._fatal(self._path(part), error) from None
         finally:
             os.close(descriptor)
-        if size != manifest.size:
+        wanted = sealed_at(upload.blob, upload.blob.size)
+        if size != wanted:
             self._path(part).unlink()
-            return "corrupt", f"the upload has {size} bytes, but its manifest says {manifest.size}"
-        self.adopt(self._path(part), manifest, self.files(manifest.id))
+            return "corrupt", f"the sealed upload has {size} bytes, but its manifest says {wanted}"
+        self.adopt(self._path(part), upload, self.files(part))
         return None
 
     def drop_part(self, part: bytes) -> None:
@@ -100,7 +143,7 @@ class Blobs:
             os.close(descriptor)
         self._path(part).unlink(missing_ok=True)
 
-    def adopt(self, source: Path, manifest: BlobManifest, target: BlobFiles) -> None:
+    def adopt(self, source: Path, manifest: BlobManifest | UploadManifest, target: BlobFiles) -> None:
         """Move a durable file to its place, its manifest beside it; both are there after a crash, or no blob is."""
         draft = self._parts / f"{target.manifest.name}.draft"
         try:

@@ -31,6 +31,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "refused": "{site} was refused ({code}): {reason}",
     "finished": "finished",
     "stopped": "stopped: {reason}",
+    "upload_resumed": "{site} goes on with its upload at byte {at} of {bytes}",
 }
 PLAIN_PROGRESS_SECONDS: Final = 15.0
 WAITING_FOR: Final = frozenset({"absent", "idle", "working", "waiting", "uploading", "silent"})

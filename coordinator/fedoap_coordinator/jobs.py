@@ -4,7 +4,7 @@ The daemon and `verify` make it here, so that both merge the same files in the s
 known where a committed upload lies and how it is read.
 """
 
-import os
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,17 +28,12 @@ def merge_job(task: TaskManifest, uploads: Iterable[UploadManifest], plan: Plan,
 
 def stored_upload(state: Path, upload: UploadManifest) -> MergeUpdate:
     """Return where a committed upload lies."""
-    return MergeUpdate(blob=blob_files(state, upload.blob.id).blob, upload=upload.pack().hex())
+    return MergeUpdate(blob=upload_files(state, upload).blob, upload=upload.pack().hex())
 
 
-def read_upload(upload: MergeUpdate, at: int, size: int) -> bytes:
-    """Return bytes [at, at + size) of a committed upload, fewer where it ends early.
-
-    Raises:
-        FileNotFoundError: it is gone.
-    """
-    with upload.blob.open("rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, at)
+def upload_files(state: Path, upload: UploadManifest) -> BlobFiles:
+    """Return where a committed upload and its manifest lie."""
+    return blob_files(state, hashlib.sha256(upload.pack()).digest())
 
 
 def _original(state: Path, model: BlobManifest) -> BlobFiles:

@@ -43,6 +43,8 @@ create table if not exists updates(
   upload blob primary key, task blob not null references tasks(task), site text not null,
   packed blob not null, signature blob not null, stored real not null,
   counted integer not null default 0, kept integer not null default 1, unique(task, site));
+create table if not exists parts(
+  upload blob primary key, site text not null, packed blob not null, signature blob not null, at integer not null);
 create table if not exists published(
   blob blob primary key, manifest blob not null, exact blob, made real not null, kept integer not null default 1);
 create table if not exists downloads(
@@ -75,6 +77,17 @@ class UpdateRow:
     counted: bool
     stored: float
     kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """An upload under way, which is durable as far as byte `at`."""
+
+    upload: bytes
+    site: str
+    manifest: UploadManifest
+    signature: bytes
+    at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +224,20 @@ class Ledger:
         row = (upload, manifest.task, site, manifest.pack(), signature, now)
         self._run("insert or ignore into updates values(?,?,?,?,?,?,0,1)", *row)
 
+    def record_part(self, upload: bytes, site: str, manifest: UploadManifest, signature: bytes, at: int) -> None:
+        """Record how far an upload under way is durable."""
+        row = (upload, site, manifest.pack(), signature, at)
+        self._run("insert into parts values(?,?,?,?,?) on conflict(upload) do update set at=excluded.at", *row)
+
+    def forget_part(self, upload: bytes) -> None:
+        """Record that nothing of an upload under way can be relied on; there need not be any."""
+        self._run("delete from parts where upload=?", upload)
+
+    def parts(self) -> tuple[PartRow, ...]:
+        """Return the uploads that are durable in part, by site."""
+        rows = self._run("select upload, site, packed, signature, at from parts order by site, upload")
+        return tuple(PartRow(one, site, UploadManifest.unpack(packed), *rest) for one, site, packed, *rest in rows)
+
     def publish(self, manifest: BlobManifest, now: float, exact: BlobManifest | None = None) -> None:
         """Record a model or a bank that the coordinator made, and its float32 original if it was rounded."""
         row = (manifest.id, manifest.pack(), exact.pack() if exact else None, now)
@@ -247,12 +274,10 @@ class Ledger:
                     self._run("update published set kept=0 where blob=?", blob)
 
     def kept(self) -> frozenset[bytes]:
-        """Return the blobs of uploads and results that must be on the disk."""
-        uploads = self._run("select packed from updates where kept")
+        """Return the uploads, and the blobs of results, that must be on the disk."""
+        uploads = self._run("select upload from updates where kept")
         published = self._run("select blob from published where kept")
-        return frozenset(UploadManifest.unpack(packed).blob.id for (packed,) in uploads) | {
-            blob for (blob,) in published
-        }
+        return frozenset(name for (name,) in (*uploads, *published))
 
     def tasks(self) -> tuple[TaskRow, ...]:
         """Return all exchanges in the order in which they were opened."""

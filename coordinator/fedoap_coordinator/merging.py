@@ -65,7 +65,7 @@ class Merging:
         uploads = [one.manifest for one in effect.updates]
         job = merge_job(effect.manifest, uploads, self._plan, self._state, folder)
         (folder / "job.json").write_text(job.model_dump_json())
-        self._running = _Running(effect.task, folder, self._begin(folder / "job.json"))
+        self._running = _Running(effect.task, folder, self._begin(folder / "job.json", effect.secret))
         return None
 
     def poll(self) -> Aggregated | AggregateFailed | None:
@@ -100,14 +100,15 @@ class Merging:
         self._end_process()
         self._errors.close()
 
-    def _begin(self, job: Path) -> "subprocess.Popen[bytes]":
+    def _begin(self, job: Path, secret: bytes) -> "subprocess.Popen[bytes]":
         process = self._process
         if process is None or process.poll() is not None:
             self._end_process()
             process = self._process = self._launch()
         assert process.stdin is not None
         with suppress(BrokenPipeError):  # it has just died: `poll` will see that
-            process.stdin.write(os.fsencode(job) + b"\n")
+            # the secret goes through a pipe: it is on no command line and in no further file
+            process.stdin.write(f"{secret.hex()} ".encode() + os.fsencode(job) + b"\n")
             process.stdin.flush()
         return process
 

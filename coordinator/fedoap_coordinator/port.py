@@ -23,7 +23,8 @@ from fedoap.protocol.events import SendBlob
 from fedoap_coordinator.zap import DOMAIN
 
 RECEIVE_QUEUE = 12
-"""Messages of one connection that may wait unread: a window of 8 chunks and some small ones."""
+"""Messages of one connection that may wait unread. A window may be larger: what does not fit stays in the kernels'
+buffers and at the site, as ZeroMQ stops reading; so this, times the uploads at once, bounds memory."""
 SEND_QUEUE = 64
 CHUNKS_PER_ROUTE = 4
 CHUNKS_IN_ALL = 24

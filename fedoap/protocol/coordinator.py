@@ -33,6 +33,7 @@ from fedoap.messages import (
     Wait,
     Welcome,
 )
+from fedoap.pace import MOST_CHUNKS
 from fedoap.protocol import view
 from fedoap.protocol.attendance import Attendance
 from fedoap.protocol.checks import check_result, read_offer
@@ -55,7 +56,6 @@ from fedoap.protocol.events import (
 from fedoap.protocol.history import History
 from fedoap.protocol.rounds import MOST_TEXT, Rounds
 from fedoap.protocol.status import Status
-from fedoap.transfer import WINDOW_CHUNKS
 
 NOTE_SECONDS = 10.0
 """A site's refusals with one code are noted at most this often: a peer out of order must not fill the log."""
@@ -81,7 +81,9 @@ class Coordinator:
     ) -> None:
         self._config, self._plan = config, config.plan
         self._attendance = Attendance(config.federation, software, random_bytes, clock)
-        self._rounds = Rounds(config, roster, history, self._attendance, signing_key)
+        self._rounds = Rounds(
+            config, roster, history, self._attendance, signing_key=signing_key, random_bytes=random_bytes
+        )
         self._noted: dict[tuple[str, str], float] = {}
         self._is_stopping = False
 
@@ -212,7 +214,7 @@ class Coordinator:
         blob = next((one for one in self._rounds.published if one.id == message.blob), None)
         if blob is None:
             raise RefusedError("no_blob", "no blob of this name is published now")
-        upto = min(message.upto, blob.size, message.at + WINDOW_CHUNKS * blob.chunk_bytes)
+        upto = min(message.upto, blob.size, message.at + MOST_CHUNKS * blob.chunk_bytes)
         if message.at % blob.chunk_bytes or message.at >= upto:
             raise RefusedError("malformed", f"get asks for bytes {message.at} to {message.upto} of {blob.size}")
         return SendBlob(route, blob.id, message.at, upto)
@@ -269,7 +271,8 @@ class Coordinator:
     def _stop(self) -> Effects:
         self._is_stopping = True
         routes = [self._attendance.route(site) for site in self._config.sites]
-        return [Send(route, Refuse("stopping", STOPPING)) for route in routes if route is not None]
+        farewell = [Send(route, Refuse("stopping", STOPPING)) for route in routes if route is not None]
+        return [*self._rounds.uploads.keep(), *farewell]
 
     def _refuse(self, event: Received | Malformed, error: RefusedError, about: bytes, now: float) -> Effects:
         code, reason = cast(RefusalCode, error.code), str(error)[:MOST_TEXT]

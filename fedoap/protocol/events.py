@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from fedoap.identity import Roster
 from fedoap.messages import FromCoordinator, FromSite, RefusalCode
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +108,36 @@ class SendBlob:
 
 @dataclass(frozen=True, slots=True)
 class OpenPart:
-    """Make room for an upload (or, at a site, a blob) of so many bytes on disk."""
+    """Make room for a sealed upload (or, at a site, a blob) of so many bytes on disk.
+
+    Its first chunks are there already, as far as byte `at` of the blob.
+    """
 
     part: bytes
     size: int
+    at: int = 0
+    blob: BlobManifest | None = None
+    """At a site: what the part is to become, to be kept beside it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WritePart:
-    """Write a checked chunk at its offset."""
+    """Write a checked chunk at its offset; at the coordinator both are those of the sealed upload."""
 
     part: bytes
     at: int
     data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPart:
+    """Make an upload durable as far as byte `at` of its blob, then write that down: a restart goes on there."""
+
+    part: bytes
+    at: int
+    upload: UploadManifest
+    site: str
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +168,26 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Arriving:
+    """An upload that a restart cut short: durable as far as byte `at`, before which lies `tail`."""
+
+    site: str
+    upload: bytes
+    manifest: UploadManifest
+    signature: bytes
+    at: int
+    tail: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Aggregate:
     """Merge the updates, which are sorted by site, then report `Aggregated` or `AggregateFailed`."""
 
     task: bytes
     manifest: TaskManifest
     updates: tuple[Update, ...]
+    secret: bytes = field(default=NO_KEY, repr=False)
+    """Opens the updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +198,8 @@ class RecordOpened:
     manifest: TaskManifest
     packed: bytes
     signature: bytes
+    secret: bytes = field(default=NO_KEY, repr=False)
+    """Opens the uploads of this exchange: durable before the rest, deleted with the last of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +222,17 @@ class Note:
 
 
 CoordinatorEffect: TypeAlias = (
-    Send | SendBlob | OpenPart | WritePart | FinishPart | DropPart | Aggregate | RecordOpened | RecordClosed | Note
+    Send
+    | SendBlob
+    | OpenPart
+    | WritePart
+    | SyncPart
+    | FinishPart
+    | DropPart
+    | Aggregate
+    | RecordOpened
+    | RecordClosed
+    | Note
 )
 
 

@@ -1,6 +1,6 @@
 """The blobs that a site needs for its task: fetched one after the other, each until it is durable."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fedoap.errors import RefusedError
 from fedoap.messages import Data, Get
@@ -15,8 +15,8 @@ RETRY_SECONDS = 10.0
 class Fetching:
     """What the site has, what it still wants, and the download under way."""
 
-    def __init__(self, have: Iterable[bytes]) -> None:
-        self._have = set(have)
+    def __init__(self, have: Iterable[bytes], partly: Mapping[bytes, int]) -> None:
+        self._have, self._partly = set(have), dict(partly)
         self._wanted: list[BlobManifest] = []
         self._fetcher: Fetcher | None = None
         self._not_before = 0.0
@@ -54,7 +54,7 @@ class Fetching:
             return effects
         self._fetcher.restart_if_quiet(now)
         blob = self._fetcher.blob.id
-        return [*effects, *[Say(Get(blob, at, upto)) for at, upto in self._fetcher.ask()]]
+        return [*effects, *[Say(Get(blob, at, upto)) for at, upto in self._fetcher.ask(now)]]
 
     def data(self, message: Data, body: memoryview, now: float) -> list[SiteEffect]:
         """Return what becomes of a chunk; one that is not the next changes nothing."""
@@ -86,6 +86,7 @@ class Fetching:
         return [Note("download_failed", {"reason": reason})]
 
     def _begin(self, blob: BlobManifest, now: float) -> list[SiteEffect]:
-        self._fetcher = Fetcher(blob, now)
-        opened = OpenPart(blob.id, blob.size)
+        at = self._partly.pop(blob.id, 0)
+        self._fetcher = Fetcher(blob, now, at=at)
+        opened = OpenPart(blob.id, blob.size, at, blob)
         return [opened, FinishPart(blob.id, blob)] if self._fetcher.is_complete else [opened]

@@ -1,6 +1,7 @@
 """What a site has in hand: at most one task, from the blobs that it needs to the commit of its result."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,8 +36,8 @@ class _Work:
 class Hand:
     """The task in hand; an event about any other changes nothing."""
 
-    def __init__(self, signing_key: bytes, have: frozenset[bytes]) -> None:
-        self.fetching = Fetching(have)
+    def __init__(self, signing_key: bytes, have: frozenset[bytes], partly: Mapping[bytes, int]) -> None:
+        self.fetching = Fetching(have, partly)
         self.last = b""
         """The task that was brought to its end last: nobody needs it again."""
         self._signing_key = signing_key
@@ -66,9 +67,12 @@ class Hand:
 
     def drop(self) -> Effects:
         """Let go of the task: it is not due any more."""
+        return [*self.stop(), *self.fetching.want(())]
+
+    def stop(self) -> Effects:
+        """Let go of the task for now: its download stays where it is, for the next start."""
         work, self._work = self._work, None
-        stopped: Effects = [StopWork(work.running)] if work and work.stage == "working" else []
-        return [*stopped, *self.fetching.want(())]
+        return [StopWork(work.running)] if work and work.stage == "working" else []
 
     def rekey(self, signing_key: bytes) -> None:
         """Sign with another key from now on, a result on its way too."""

@@ -1,18 +1,19 @@
 """What a federation has behind it: read back from the coordinator's records after a restart.
 
 The coordinator's store writes three kinds of record, in this order for each exchange: `RecordOpened`,
-an `Update` for each upload that became durable, `RecordClosed`. `replay` makes a `History` of them, and
-a `Coordinator` that is given this history goes on exactly where the one before it ended.
+an `Update` for each upload that became durable, `RecordClosed`. At a start it adds an `Arriving` for each
+upload that is durable in part. `replay` makes a `History` of them, and a `Coordinator` that is given this
+history goes on exactly where the one before it ended.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from fedoap.protocol.events import RecordClosed, RecordOpened, Update
-from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, TensorSpec
+from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Update
+from fedoap.tensors import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 
-Record: TypeAlias = RecordOpened | Update | RecordClosed
+Record: TypeAlias = RecordOpened | Update | Arriving | RecordClosed
 MODEL_KINDS: frozenset[TaskKind] = frozenset({"init", "train"})
 BANK_KINDS: frozenset[TaskKind] = frozenset({"seed", "bank"})
 
@@ -38,7 +39,10 @@ class OpenExchange:
     manifest: TaskManifest
     packed: bytes
     signature: bytes
+    secret: bytes = field(default=NO_KEY, repr=False)
     updates: tuple[Update, ...] = ()
+    arriving: tuple[Arriving, ...] = ()
+    """Uploads that were under way when the coordinator started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +72,13 @@ def after(history: History, record: Record) -> History:
     """Return the history with one more record; what does not belong to the open exchange adds nothing."""
     match record, history.open:
         case RecordOpened(), _:
-            opened = OpenExchange(record.task, record.manifest, record.packed, record.signature)
+            opened = OpenExchange(record.task, record.manifest, record.packed, record.signature, record.secret)
             return replace(history, open=opened)
         case Update(), OpenExchange() as opened if record.manifest.task == opened.task:
             first = all(update.site != record.site for update in opened.updates)
             return replace(history, open=_with(opened, record)) if first else history
+        case Arriving(), OpenExchange() as opened if record.manifest.task == opened.task:
+            return replace(history, open=replace(opened, arriving=(*opened.arriving, record)))
         case RecordClosed(), OpenExchange() as opened if record.task == opened.task:
             return _closed(history, opened.manifest, record)
         case _:

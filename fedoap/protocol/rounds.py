@@ -7,6 +7,8 @@ value, `history`, and grows only by the records that the daemon writes down.
 
 import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from fedoap.config import FederationConfig
@@ -28,7 +30,8 @@ from fedoap.protocol.events import (
 from fedoap.protocol.exchange import Exchange, Tally
 from fedoap.protocol.history import History, OpenExchange, after
 from fedoap.protocol.uploads import Upload, Uploads
-from fedoap.tensors import BlobManifest, TaskManifest
+from fedoap.seal import KEY_BYTES, public_half
+from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest
 
 FIRST_MERGE_PAUSE_SECONDS = 10.0
 """Until a merge that failed is tried again; doubles each time, since a full disk needs an operator."""
@@ -45,7 +48,14 @@ class Rounds:
     """What is due in one federation, and what has been done."""
 
     def __init__(
-        self, config: FederationConfig, roster: Roster, history: History, attendance: Attendance, signing_key: bytes
+        self,
+        config: FederationConfig,
+        roster: Roster,
+        history: History,
+        attendance: Attendance,
+        *,
+        signing_key: bytes,
+        random_bytes: Callable[[int], bytes],
     ) -> None:
         self.config, self.plan, self.roster, self.history = config, config.plan, roster, history
         self.attendance = attendance
@@ -54,7 +64,7 @@ class Rounds:
         self.exchange: Exchange | None = None
         self.progress: dict[str, Progress] = {}
         self.now = 0.0
-        self._course, self._signing_key = course(config.plan), signing_key
+        self._course, self._signing_key, self._random_bytes = course(config.plan), signing_key, random_bytes
         self._gathering = Gathering(config.quorum, config.rounds.silence_seconds)
         self._silent: frozenset[str] = frozenset()
         self._has_ended = False
@@ -103,6 +113,9 @@ class Rounds:
         opened = self.history.open
         if opened is not None:
             self.exchange = Exchange(opened.manifest, opened.task, now, self._quorum(opened.manifest))
+            self.uploads.begin(opened.secret)
+            for arriving in opened.arriving:
+                self.uploads.resume(arriving, now)
         return self.change_roster(self.roster)
 
     def change_roster(self, roster: Roster) -> Effects:
@@ -228,10 +241,12 @@ class Rounds:
         expected = [site for site in self.config.sites if site not in self.revoked]
         if not self._gathering.is_over(len(self.live), len(expected), self.now) or self.pause > 0:
             return []
-        manifest = self._manifest()
+        secret = self._random_bytes(KEY_BYTES)
+        manifest = replace(self._manifest(), seal_key=public_half(secret))
         packed = manifest.pack()
         task, signature = hashlib.sha256(packed).digest(), sign(self._signing_key, TASK_CONTEXT, packed)
-        record = RecordOpened(task, manifest, packed, signature)
+        record = RecordOpened(task, manifest, packed, signature, secret)
+        self.uploads.begin(secret)
         self.history = after(self.history, record)
         self.exchange = Exchange(manifest, task, self.now, self._quorum(manifest))
         self.progress.clear()
@@ -252,7 +267,8 @@ class Rounds:
         exchange.merge_again_at = None
         if exchange.step.kind == "calibrate":  # metrics only
             return self._close("done", None)
-        return [Aggregate(exchange.task, exchange.manifest, exchange.merging)]
+        assert self.history.open is not None
+        return [Aggregate(exchange.task, exchange.manifest, exchange.merging, self.history.open.secret)]
 
     def _merge_again(self, exchange: Exchange) -> Effects:
         is_due = exchange.merge_again_at is not None and self.now >= exchange.merge_again_at
@@ -265,6 +281,7 @@ class Rounds:
         record = RecordClosed(exchange.task, outcome, counted, result, reason)
         self.history = after(self.history, record)
         self.exchange = None
+        self.uploads.begin(NO_KEY)
         if outcome == "abandoned" and exchange.failed:
             self._open_at = self.now + self._pause_before_next()
         return [*self.uploads.clear(), record, _closed(exchange, record, self.now)]

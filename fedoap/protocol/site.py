@@ -5,6 +5,8 @@ any one message: what was lost is said again, what was repeated changes nothing.
 stops neither the worker nor a transfer; both go on where they were once the site is let in again.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from fedoap.config import Plan
@@ -61,7 +63,10 @@ Effects = list[SiteEffect]
 
 
 class Site:
-    """One site's part in one federation, as long as its daemon runs."""
+    """One site's part in one federation, as long as its daemon runs.
+
+    `have` names the blobs that are here, `partly` those of which the first so many bytes are.
+    """
 
     def __init__(
         self,
@@ -72,11 +77,12 @@ class Site:
         curve_key: bytes,
         *,
         have: frozenset[bytes] = frozenset(),
+        partly: Mapping[bytes, int] = MappingProxyType({}),
         software: str,
     ) -> None:
         self._federation, self._site, self._federation_key = federation, site, federation_key
         self._greeting = Greeting(federation, site, signing_key, curve_key, software)
-        self._hand = Hand(signing_key, have)
+        self._hand = Hand(signing_key, have, partly)
         self._plan: Plan | None = None
         self._newest = (-1, 0)
         self._sync_at, self._sync_seconds = 0.0, SYNC_SECONDS
@@ -211,7 +217,7 @@ class Site:
     def _stop(self) -> Effects:
         bye: Effects = [Say(Bye())] if self._greeting.is_joined else []
         self._greeting.disconnect()
-        return [*self._hand.drop(), *bye]
+        return [*self._hand.stop(), *bye]
 
     def _due(self, now: float) -> Effects:
         if not self._greeting.is_joined:

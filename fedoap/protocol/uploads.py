@@ -1,18 +1,31 @@
 """The uploads under way at the coordinator: who holds credit, what each has sent, what to answer.
 
-At most `at_once` uploads hold credit, of one window each, so what can be on its way to the coordinator
-is bounded whatever the number of sites. One upload a site is known at a time. It survives a broken
-connection: offered again, it goes on at the byte expected next.
+At most `at_once` uploads hold credit, of one window each and 32 chunks at the most, so what can be on its
+way to the coordinator is bounded whatever the number of sites. One upload a site is known at a time. It
+survives a broken connection: offered again, it goes on at the byte expected next. It survives a restart
+as well, which goes on where the upload was last made durable.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedoap.errors import RefusedError
+from fedoap import transfer
+from fedoap.errors import RefusedError, SealError
 from fedoap.messages import Chunk, Commit, Credit, Go, Wait
-from fedoap.protocol.events import CoordinatorEffect, DropPart, FinishPart, OpenPart, Send, WritePart
-from fedoap.tensors import UploadManifest
+from fedoap.protocol.events import (
+    Arriving,
+    CoordinatorEffect,
+    DropPart,
+    FinishPart,
+    Note,
+    OpenPart,
+    Send,
+    SyncPart,
+    WritePart,
+)
+from fedoap.seal import Seal, sealed_at
+from fedoap.tensors import NO_KEY, UploadManifest
 from fedoap.transfer import Admission, Receiver
 
 STALL_SECONDS = 30.0
@@ -32,6 +45,8 @@ class Upload:
     moved_at: float
     state: Literal["waiting", "receiving", "finishing"] = "waiting"
     is_open: bool = False
+    durable: int = 0
+    """As far as a restart would go on from."""
     asked_at: int = field(default=-1)
     """Where the last gap was answered, so that the rest of its window is not answered again."""
 
@@ -43,6 +58,11 @@ class Uploads:
         self._at_once = at_once
         self._admission = Admission(at_once)
         self._of: dict[str, Upload] = {}
+        self._secret = NO_KEY
+
+    def begin(self, secret: bytes) -> None:
+        """Take uploads that are sealed for the exchange of this secret from now on."""
+        self._secret = secret
 
     def find(self, site: str) -> Upload | None:
         """Return the site's upload."""
@@ -52,21 +72,30 @@ class Uploads:
         """Return the upload of this id."""
         return next((one for one in self._of.values() if one.id == upload), None)
 
+    def resume(self, arriving: Arriving, now: float) -> None:
+        """Know of an upload that was under way before a restart; it goes on once its site offers it again."""
+        manifest, at = arriving.manifest, arriving.at
+        receiver = self._receiver(manifest, at, arriving.tail)
+        upload, signature = arriving.upload, arriving.signature
+        self._of[arriving.site] = Upload(arriving.site, upload, manifest, signature, b"", receiver, now, durable=at)
+
     def offer(
         self, manifest: UploadManifest, upload: bytes, signature: bytes, route: bytes, now: float
     ) -> list[CoordinatorEffect]:
         """Take up a checked offer, or go on with it, and return the answer.
 
         Raises:
-            RefusedError: this connection is already sending another result.
+            RefusedError: this connection is already sending another result, or this one's seal is no key.
         """
-        site = manifest.site
+        site, receiver = manifest.site, self._receiver(manifest)
         effects = self._give_way(site, upload, route)
         one = self._of.get(site)
         if one is None:
-            one = Upload(site, upload, manifest, signature, route, Receiver(manifest.blob), now)
+            one = Upload(site, upload, manifest, signature, route, receiver, now)
             self._of[site] = one
-        one.route = route
+        if one.route != route:
+            one.route = route
+            one.receiver.withdraw()  # it was the old connection's
         if one.state == "finishing":
             return [*effects, Send(route, Wait(upload))]
         if not self._admission.enter(site):
@@ -82,11 +111,14 @@ class Uploads:
         one = self._of[site]
         if one.state != "receiving":
             return [Send(one.route, Wait(one.id))]
-        match one.receiver.take(message.at, body):
+        match one.receiver.take(message.at, body, now):
             case "new":
                 one.moved_at = now
-                written = WritePart(one.id, message.at, body)
-                return [written, _finish(one) if one.receiver.is_complete else _credit(one)]
+                written = WritePart(one.id, sealed_at(one.manifest.blob, message.at), body)
+                return [
+                    written,
+                    *([_finish(one)] if one.receiver.is_complete else [*_checkpoint(one), _credit(one, now)]),
+                ]
             case "repeated":
                 return [Send(one.route, Credit(one.id, one.receiver.upto))]
             case "gap":
@@ -111,6 +143,11 @@ class Uploads:
         self._admission = Admission(self._at_once)
         return effects
 
+    def keep(self) -> list[CoordinatorEffect]:
+        """Make all that has arrived durable: the coordinator is about to end."""
+        under_way = [one for one in self._of.values() if one.is_open and one.state != "finishing"]
+        return [_sync(one) for one in under_way if one.receiver.at > one.durable]
+
     def make_room(self, now: float) -> list[CoordinatorEffect]:
         """Let an upload that stands still wait behind the others."""
         effects: list[CoordinatorEffect] = []
@@ -123,6 +160,13 @@ class Uploads:
                 self._admission.enter(one.site)
                 effects += [Send(one.route, Wait(one.id)), *self._admit_all(turn, now)]
         return effects
+
+    def _receiver(self, manifest: UploadManifest, at: int = 0, tail: bytes = b"") -> Receiver:
+        try:
+            seal = Seal.of_exchange(manifest, self._secret) if manifest.blob.size else None
+        except SealError as error:
+            raise RefusedError("malformed", str(error)) from None
+        return Receiver(manifest.blob, at=at, tail=tail, seal=seal)
 
     def _give_way(self, site: str, upload: bytes, route: bytes) -> list[CoordinatorEffect]:
         one = self._of.get(site)
@@ -139,13 +183,17 @@ class Uploads:
 
 
 def _admit(one: Upload, now: float) -> list[CoordinatorEffect]:
-    effects: list[CoordinatorEffect] = [] if one.is_open else [OpenPart(one.id, one.manifest.blob.size)]
+    blob = one.manifest.blob
+    opened = OpenPart(one.id, sealed_at(blob, blob.size), one.receiver.at)
+    effects: list[CoordinatorEffect] = [] if one.is_open else [opened]
+    if not one.is_open and one.receiver.at:
+        effects.append(Note("upload_resumed", {"site": one.site, "at": one.receiver.at, "bytes": blob.size}))
     one.is_open, one.asked_at = True, -1
     if one.state == "waiting":
         one.state, one.moved_at = "receiving", now
     if one.receiver.is_complete:  # nothing but metrics
         return [*effects, _finish(one)]
-    return [*effects, Send(one.route, Go(one.id, one.receiver.at, one.receiver.grant()))]
+    return [*effects, Send(one.route, Go(one.id, one.receiver.at, one.receiver.grant(now)))]
 
 
 def _finish(one: Upload) -> FinishPart:
@@ -153,8 +201,18 @@ def _finish(one: Upload) -> FinishPart:
     return FinishPart(one.id, one.manifest.blob, one.manifest, one.site, one.signature)
 
 
-def _credit(one: Upload) -> Send:
-    return Send(one.route, Credit(one.id, one.receiver.grant()))
+def _checkpoint(one: Upload) -> list[CoordinatorEffect]:
+    step = transfer.CHECKPOINT_CHUNKS * one.manifest.blob.chunk_bytes
+    return [_sync(one)] if one.receiver.at - one.durable >= step else []
+
+
+def _sync(one: Upload) -> SyncPart:
+    one.durable = one.receiver.at
+    return SyncPart(one.id, one.durable, one.manifest, one.site, one.signature)
+
+
+def _credit(one: Upload, now: float) -> Send:
+    return Send(one.route, Credit(one.id, one.receiver.grant(now)))
 
 
 def _mind_the_gap(one: Upload) -> list[CoordinatorEffect]:
@@ -165,4 +223,4 @@ def _mind_the_gap(one: Upload) -> list[CoordinatorEffect]:
 
 
 def _has_part(one: Upload) -> bool:
-    return one.is_open and one.state != "finishing"
+    return (one.is_open or one.durable > 0) and one.state != "finishing"

@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from fedoap import __version__
-from fedoap.config import Frozen, Plan
+from fedoap.config import Plan
 from fedoap.errors import ConfigError
+from fedoap.fields import Frozen
 
 
 class Share(Frozen):

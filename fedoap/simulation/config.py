@@ -12,8 +12,9 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from fedoap.config import FederationConfig, Frozen, Name, Plan, SiteConfig, with_absolute_data
+from fedoap.config import FederationConfig, Plan, SiteConfig, with_absolute_data
 from fedoap.errors import ConfigError
+from fedoap.fields import Frozen, Name
 from fedoap.toml import load_toml
 
 

@@ -68,6 +68,7 @@ class Node:
             member.signing.secret,
             member.curve.public,
             have=state.blobs.stored(),
+            partly=state.blobs.partly(),
             software=f"fedoap {fedoap.__version__}",
         )
         self._work = Work(state, config, journal)
@@ -174,6 +175,7 @@ class Node:
             case StopWork():
                 self._work.stop()
             case Committed(_, manifest):
+                self._work.committed(manifest)
                 self._state.commit(manifest)
             case Learned(plan):
                 self._state.keep_plan(plan)
@@ -190,8 +192,9 @@ class Node:
         blobs = self._state.blobs
         try:
             match effect:
-                case OpenPart(part, size):
-                    blobs.open(part, size)
+                case OpenPart(part, _, at, blob):
+                    assert blob is not None, "a site's part is described by its blob's manifest"
+                    blobs.open(part, blob, at)
                 case WritePart(part, at, data):
                     blobs.write(part, at, data)
                 case FinishPart(part, blob):
@@ -248,7 +251,7 @@ class Node:
                 case Say(message, body):
                     sent = self._link.send(message, body)
                 case SayChunk(upload, blob, at, size):
-                    sent = self._link.send(Chunk(upload, at), self._work.read(blob, at, size))
+                    sent = self._link.send(Chunk(upload, at), self._work.chunk(blob, at, size))
             if not sent:
                 break
             self._outbox.popleft()

@@ -14,7 +14,8 @@ same line as `error.txt` beside the job's file.
 from pathlib import Path
 from typing import Literal
 
-from fedoap.config import BlobFiles, Frozen, Plan, SiteData, WorkerConfig
+from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
+from fedoap.fields import Frozen
 
 JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
 """`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""

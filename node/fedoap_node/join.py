@@ -96,14 +96,14 @@ def site_toml(data: Path | None, modality: Modality, proxy: str | None = None) -
 # channels = [0]  # channels of the image to use
 # max_training_cases = 20  # for trials
 
+[network]
+{way}  # the node dials out through it: http:// (CONNECT) or socks5://, USER:PASSWORD@ before the host
+
 [worker]
 # device = "auto"  # auto, cpu, cuda or cuda:N
 # gpus = 1  # GPUs to train on together
 # threads = 0  # CPU threads; 0 lets PyTorch choose
 # keep_warm = false  # let no worker wait, its imports done, for the next task; saves memory, costs seconds a task
-
-[network]
-{way}  # the node dials out through it: http:// (CONNECT) or socks5://, USER:PASSWORD@ before the host
 """
 
 

@@ -27,6 +27,7 @@ from fedoap_node.relay import Relay
 from fedoap_node.tunnel import Proxy, Target
 
 WINDOW_CHUNKS = 16
+"""Messages that may wait in either queue; of a larger window the rest waits as offsets in the daemon's outbox."""
 RECEIVE_BATCH = 16
 FIRST_PAUSE_MS, LONGEST_PAUSE_MS = 100, 30_000
 HEARTBEAT_MS, SILENCE_MS = 5_000, 30_000

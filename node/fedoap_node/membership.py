@@ -16,8 +16,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, ValidationError
 
-from fedoap.config import Endpoint, Frozen, Name
 from fedoap.errors import IdentityError
+from fedoap.fields import Endpoint, Frozen, Name
 from fedoap.identity import Certificate, KeyPair, curve_keys, read_private, signing_keys, sync_folder, write_private
 from fedoap.sitefolder import SiteFolder
 from fedoap_node.files import remove, write_durably

@@ -1,10 +1,15 @@
 """Whether a site could train if asked to: a fault that only its worker found would cost the federation attempts."""
 
 import importlib.util
+import os
 
-from fedoap.config import SiteConfig, check_kernels_setting
+from fedoap.config import SiteConfig
 from fedoap.errors import ConfigError
 from fedoap.sitefolder import SiteFolder
+
+KERNELS_VARIABLE = "FEDOAP_KERNELS"
+BACKENDS = ("auto", "eager", "triton")
+"""What it may ask for; `fedoap.kernels.backend` says the same, but nobody can read it without loading torch."""
 
 
 def check_data(config: SiteConfig, folder: SiteFolder) -> None:
@@ -27,3 +32,14 @@ def check_data(config: SiteConfig, folder: SiteFolder) -> None:
 
     for split in SPLITS:
         load_datalist(config.data, split)
+
+
+def check_kernels_setting() -> None:
+    """Return if the environment variable FEDOAP_KERNELS is unset or names a backend.
+
+    Raises:
+        ConfigError: it names no backend.
+    """
+    asked = os.environ.get(KERNELS_VARIABLE) or "auto"
+    if asked not in BACKENDS:
+        raise ConfigError(f"{KERNELS_VARIABLE} is {asked!r}, but must be one of {', '.join(BACKENDS)}")

@@ -6,6 +6,7 @@ generation under `state/personal/`. So a crash at any point leaves the personal 
 finished job or of this one, whole, and `recover` does what was left undone.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,16 @@ from pydantic import ValidationError
 
 from fedoap.config import BlobFiles, ModelRecord
 from fedoap.errors import TensorsError, TrainingError
-from fedoap.identity import sync_folder
+from fedoap.identity import sync_folder, write_private
+from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
 from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, share, sync_tree, write_durably
 from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
 
 JOB = "job.json"
+SEAL = "seal.key"
+"""A task's name and the secret that its upload is sealed with."""
 PERSONAL_PREFIX = "personal."
 """Names of tensors that never leave a site begin so."""
 
@@ -74,6 +78,19 @@ class Results:
         sync_folder(self._work)
         self._settle(folder)
         return _read(folder)
+
+    def seal_secret(self, work: bytes, task: bytes) -> bytes:
+        """Return the secret that this work's upload for a task is sealed with; it is durable, and the same each time.
+
+        So a node that was restarted offers the very same upload, and goes on with it.
+        """
+        path = self._work / work.hex() / SEAL
+        kept = path.read_bytes() if path.is_file() else b""
+        if len(kept) == len(task) + KEY_BYTES and kept.startswith(task):
+            return kept[len(task) :]
+        secret = os.urandom(KEY_BYTES)
+        write_private(path, task + secret)
+        return secret
 
     def recover(self) -> None:
         """Remove what crashed workers left and do what a crash of ours left undone."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Self
 from urllib.parse import unquote
 
-from fedoap.config import PROXY_PATTERN
 from fedoap.errors import FedoapError
+from fedoap.fields import PROXY_PATTERN
 
 LONGEST_ANSWER = 16_384
 """Bytes of a proxy's answer to CONNECT, its header fields included."""

@@ -3,12 +3,13 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedoap.config import SiteConfig
 from fedoap.errors import FedoapError, StorageError, TrainingError
 from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
+from fedoap.seal import Seal, public_half
 from fedoap.tensors import TaskManifest, UploadManifest
 from fedoap_node.files import remove
 from fedoap_node.job import Job
@@ -32,6 +33,16 @@ class _Running:
     wanted: bool = True
 
 
+@dataclass(slots=True)
+class _Upload:
+    """A result on its way: where its bytes are, and what seals them."""
+
+    blob: bytes
+    descriptor: int
+    seal: Seal
+    sent: int = 0
+
+
 class Work:
     """At most one task's work at a time; what is asked to end may take a while to be gone."""
 
@@ -39,7 +50,7 @@ class Work:
         self._state, self._config, self._journal = state, config, journal
         self._running: _Running | None = None
         self._ending: list[_Running] = []
-        self._upload: tuple[bytes, int] | None = None
+        self._upload: _Upload | None = None
         self._spare, self._is_over = Spare(config.worker, state.folder.worker_log), False
 
     def start(self, task: bytes, manifest: TaskManifest) -> SiteEvent | None:
@@ -56,7 +67,7 @@ class Work:
         kept = self._state.finished(manifest)
         if kept is not None:
             self._journal.note("work_kept", f"{_name(manifest)} was done before", kind=manifest.kind)
-            return self._done(task, kept)
+            return self._done(task, manifest, kept)
         try:
             self._running = self._launch(task, manifest)
         except (FedoapError, OSError) as error:
@@ -109,11 +120,21 @@ class Work:
         """Return the descriptors that become readable when there is news."""
         return self._running.trainer.descriptors() if self._running else []
 
-    def read(self, blob: bytes, at: int, size: int) -> bytes:
-        """Return bytes of the last result's blob; nothing if the blob is another one."""
-        if self._upload is None or self._upload[0] != blob:
+    def chunk(self, blob: bytes, at: int, size: int) -> bytes:
+        """Return a sealed chunk of the last result's blob; nothing if the blob is another one."""
+        upload = self._upload
+        if upload is None or upload.blob != blob:
             return b""
-        return os.pread(self._upload[1], size, at)
+        upload.sent += size
+        return upload.seal.close(at, os.pread(upload.descriptor, size, at))
+
+    def committed(self, manifest: TaskManifest) -> None:
+        """Say that the coordinator holds the result, and how many of its bytes this daemon sent for that."""
+        sent = self._upload.sent if self._upload else 0
+        said = f"{_name(manifest)} is at the coordinator"
+        self._journal.note("result_committed", said, kind=manifest.kind, round=manifest.round, sent=sent)
+        if self._upload:
+            self._upload.sent = 0
 
     def close(self) -> None:
         """End every worker; returns when all are gone."""
@@ -165,14 +186,21 @@ class Work:
             return self._failed(task, manifest, str(error), "the worker's result cannot be used")
         said = f"{_name(manifest)} is done after {seconds:.1f} s"
         self._journal.note("work_done", said, kind=manifest.kind, round=manifest.round, seconds=seconds)
-        return self._done(task, result)
+        return self._done(task, manifest, result)
 
-    def _done(self, task: bytes, result: Result) -> WorkDone:
+    def _done(self, task: bytes, manifest: TaskManifest, result: Result) -> WorkDone | WorkFailed:
         self._close_upload()
-        if result.blob.size:
-            self._upload = (result.blob.id, os.open(result.path, os.O_RDONLY))
-        site = self._state.folder.name
-        return WorkDone(task, UploadManifest(task, site, result.cases, result.metrics, result.blob))
+        upload = UploadManifest(task, self._state.folder.name, result.cases, result.metrics, result.blob)
+        if not result.blob.size:
+            return WorkDone(task, upload)
+        try:
+            secret = self._state.results.seal_secret(manifest.work, task)
+            upload = replace(upload, seal_key=public_half(secret))
+            seal = Seal.of_site(upload, secret, manifest.seal_key)
+            self._upload = _Upload(result.blob.id, os.open(result.path, os.O_RDONLY), seal)
+        except (FedoapError, OSError) as error:
+            return self._failed(task, manifest, str(error), "the result could not be sealed")
+        return WorkDone(task, upload)
 
     def _failed(self, task: bytes, manifest: TaskManifest, inside: str, outside: str) -> WorkFailed:
         """Tell the site's own people all, and the coordinator nothing that may name a patient or a path."""
@@ -181,7 +209,7 @@ class Work:
 
     def _close_upload(self) -> None:
         if self._upload is not None:
-            os.close(self._upload[1])
+            os.close(self._upload.descriptor)
             self._upload = None
 
 

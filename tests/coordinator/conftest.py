@@ -11,6 +11,7 @@ import zmq
 
 from fedoap.config import FederationConfig, RetentionConfig
 from fedoap.identity import Member, curve_keys, signing_keys
+from fedoap.seal import Seal, public_half, sealed_at
 from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, UploadManifest, write_blob
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.ledger import Ledger
@@ -19,6 +20,8 @@ from fedoap_coordinator.store import Store
 
 FEDERATION_KEYS = signing_keys(b"f" * 32)
 LONG_AGO = 1_700_000_000.0
+EXCHANGE, SITE = b"e" * 32, b"s" * 32
+"""Secrets of the one exchange and of the one upload that these tests seal."""
 
 
 @dataclass
@@ -44,10 +47,18 @@ class Maker:
         return path, write_blob(path, {"weight": np.full(size, value, np.float32)})
 
     def task(self, kind: TaskKind, number: int, model: BlobManifest | None = None, attempt: int = 1) -> TaskManifest:
-        return TaskManifest("demo", b"p" * 32, kind, number, attempt, ("hospital_a", "hospital_b"), 600, model)
+        key = public_half(EXCHANGE)
+        cohort = ("hospital_a", "hospital_b")
+        return TaskManifest("demo", b"p" * 32, kind, number, attempt, cohort, 600, model, seal_key=key)
 
     def upload(self, task: bytes, site: str, blob: BlobManifest, cases: int = 3) -> UploadManifest:
-        return UploadManifest(task, site, cases, (("loss", 0.5),), blob)
+        return UploadManifest(task, site, cases, (("loss", 0.5),), blob, public_half(SITE))
+
+    def sealed(self, manifest: UploadManifest, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """The upload's chunks as they lie at the coordinator: where, and what."""
+        seal, blob = Seal.of_site(manifest, SITE, public_half(EXCHANGE)), manifest.blob
+        for at in range(0, blob.size, blob.chunk_bytes):
+            yield sealed_at(blob, at), seal.close(at, data[at : at + blob.chunk_bytes])
 
 
 def notary(config: FederationConfig | None = None) -> Notary:

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 import fedoap
 from fedoap.config import FederationConfig, ModelRecord, load_federation
 from fedoap.errors import FedoapError, StorageError
-from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
+from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened
+from fedoap.seal import sealed_at
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, read_blob, write_blob
 from fedoap_coordinator.cli import cli, main
 from fedoap_coordinator.daemon import Daemon
@@ -50,8 +51,7 @@ def with_one_round(config: FederationConfig) -> None:
     with open_ledger(config) as ledger:
         store = open_store(ledger, state)
         store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), b"s" * 64))
-        store.apply(OpenPart(b"u" * 32, blob.size))
-        store.apply(WritePart(b"u" * 32, 0, source.read_bytes()))
+        store.apply(OpenPart(b"u" * 32, sealed_at(blob, blob.size)))
         store.apply(FinishPart(b"u" * 32, blob, upload, "hospital_a", b"s" * 64))
         store.publish(Made(blob, source))
         store.apply(RecordClosed(b"t" * 32, "done", (b"u" * 32,), blob))

@@ -159,7 +159,7 @@ def test_another_version_of_the_protocol_is_refused_by_name(desk: Desk) -> None:
 
     refused = refusal(desk.ask(token, replace(request(token), protocol=7)))
 
-    assert (refused.code, "protocol 7, the coordinator 1" in refused.reason) == ("version", True)
+    assert (refused.code, "protocol 7, the coordinator 2" in refused.reason) == ("version", True)
 
 
 def test_a_site_with_anothers_keys_is_refused(desk: Desk) -> None:

@@ -1,5 +1,6 @@
 """The aggregation process: files in, durable files out, and the daemon goes on meanwhile."""
 
+import hashlib
 import os
 import select
 import signal
@@ -21,11 +22,12 @@ from fedoap.protocol.events import (
     Update,
     WritePart,
 )
+from fedoap.seal import sealed_at
 from fedoap.tensors import BlobManifest, Dtype, TaskManifest, read_blob, write_blob
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
-from fedoap_coordinator.store import Store
-from tests.coordinator.conftest import Maker, open_store
+from fedoap_coordinator.store import Made, Store
+from tests.coordinator.conftest import EXCHANGE, Maker, open_store
 
 
 @pytest.fixture
@@ -55,11 +57,20 @@ def stored(store: Store, make: Maker, site: str, value: float, dtype: Dtype = "f
     blob = write_blob(path, {"weight": np.full(1000, value, np.float32)}, dtype)
     store.ledger.open_task(b"t" * 32, make.task("train", 1).pack(), b"s" * 64, 1.0)
     manifest = make.upload(b"t" * 32, site, blob)
-    name = site.encode().ljust(32, b".")
-    store.apply(OpenPart(name, blob.size))
-    store.apply(WritePart(name, 0, path.read_bytes()))
+    name = hashlib.sha256(manifest.pack()).digest()
+    store.apply(OpenPart(name, sealed_at(blob, blob.size)))
+    for at, sealed in make.sealed(manifest, path.read_bytes()):
+        store.apply(WritePart(name, at, sealed))
     store.apply(FinishPart(name, blob, manifest, site, b"s" * 64))
     return Update(site, name, manifest)
+
+
+def published(store: Store, make: Maker, value: float, dtype: Dtype = "float32") -> BlobManifest:
+    """A model of the round before."""
+    path = make.folder / f"base-{value}"
+    blob = write_blob(path, {"weight": np.full(1000, value, np.float32)}, dtype)
+    store.publish(Made(blob, path))
+    return blob
 
 
 def outcome(merging: Merging) -> Aggregated | AggregateFailed:
@@ -80,7 +91,7 @@ def value(store: Store, manifest: BlobManifest | None, *, exact: bool = False) -
 
 
 def task(make: Maker, updates: tuple[Update, ...], manifest: TaskManifest) -> Aggregate:
-    return Aggregate(b"t" * 32, manifest, updates)
+    return Aggregate(b"t" * 32, manifest, updates, EXCHANGE)
 
 
 def test_the_first_weights_are_taken_over_as_they_are(state: Path, store: Store, make: Maker, merging: Merging) -> None:
@@ -97,7 +108,7 @@ def test_the_first_weights_are_taken_over_as_they_are(state: Path, store: Store,
 def test_the_mean_of_two_sites_is_a_durable_blob_that_sites_may_fetch(
     state: Path, store: Store, make: Maker, merging: Merging
 ) -> None:
-    base = stored(store, make, "hospital_c", 1.0).manifest.blob
+    base = published(store, make, 1.0)
     updates = (stored(store, make, "hospital_a", 2.0), stored(store, make, "hospital_b", 5.0))
 
     merging.start(task(make, updates, make.task("train", 1, base)))
@@ -111,7 +122,7 @@ def test_the_mean_of_two_sites_is_a_durable_blob_that_sites_may_fetch(
 def test_with_bfloat16_the_float32_original_is_kept_and_is_the_next_rounds_base(
     state: Path, store: Store, make: Maker, config: FederationConfig, request: pytest.FixtureRequest
 ) -> None:
-    base = stored(store, make, "hospital_c", 1.0, "bfloat16").manifest.blob
+    base = published(store, make, 1.0, "bfloat16")
     updates = (
         stored(store, make, "hospital_a", 1.0, "bfloat16"),
         stored(store, make, "hospital_b", 1.0078125, "bfloat16"),
@@ -163,12 +174,35 @@ def test_updates_that_do_not_fit_fail_with_the_reason(state: Path, store: Store,
     assert list((state / "merge").iterdir()) == []
 
 
+def test_an_update_that_does_not_open_fails_and_its_site_is_named(store: Store, make: Maker, merging: Merging) -> None:
+    good, bad = stored(store, make, "hospital_a", 2.0), stored(store, make, "hospital_b", 3.0)
+    path = store.blobs.files(bad.upload).blob
+    path.write_bytes(b"\0" + path.read_bytes()[1:])
+    merging.start(task(make, (good, bad), make.task("train", 1, published(store, make, 1.0))))
+    end = outcome(merging)
+
+    assert isinstance(end, AggregateFailed)
+    assert "site hospital_b: its update on disk is damaged: chunk at byte 0 does not open" in end.reason
+    assert end.site == "hospital_b"
+
+
+def test_the_secret_is_neither_on_the_command_line_nor_in_the_job(store: Store, make: Maker, merging: Merging) -> None:
+    """Planted bug: the secret as an argument."""
+    merging.start(task(make, (stored(store, make, "hospital_a", 2.0),), make.task("init", 0)))
+
+    running = merging._running
+    assert running is not None
+    shown = " ".join(map(str, running.process.args)) + (running.folder / "job.json").read_text()  # type: ignore[arg-type]
+    assert not [form for form in (EXCHANGE.hex(), EXCHANGE.decode()) if form in shown]
+    assert isinstance(outcome(merging), Aggregated)
+
+
 @pytest.mark.parametrize("rule", ["mean", "trimmed_mean", "median"])
 def test_a_site_that_sends_harm_moves_the_mean_alone(
     state: Path, store: Store, make: Maker, config: FederationConfig, rule: str
 ) -> None:
     """Three sites lie between 1 and 3, the fourth at -100. Planted bug: the process goes by the default strategy."""
-    base = stored(store, make, "hospital_0", 1.0).manifest.blob
+    base = published(store, make, 1.0)
     values = {"hospital_a": 1.0, "hospital_b": 2.0, "hospital_c": 3.0, "hospital_d": -100.0}
     updates = tuple(stored(store, make, site, one) for site, one in values.items())
 
@@ -184,7 +218,7 @@ def test_a_site_beyond_the_norm_bound_is_named_with_figures_and_the_others_merge
     state: Path, store: Store, make: Maker, config: FederationConfig
 ) -> None:
     """Planted bug: the bound is not looked at."""
-    base = stored(store, make, "hospital_0", 1.0).manifest.blob
+    base = published(store, make, 1.0)
     values = {"hospital_a": 2.0, "hospital_b": -99.0, "hospital_c": 3.0}
     updates = tuple(stored(store, make, site, one) for site, one in values.items())
 

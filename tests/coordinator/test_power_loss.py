@@ -11,17 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from fedoap.errors import FedoapError
-from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, Stored, StoreFailed, WritePart
+from fedoap.errors import FedoapError, UpdateError
+from fedoap.protocol.events import (
+    FinishPart,
+    OpenPart,
+    RecordClosed,
+    RecordOpened,
+    Stored,
+    StoreFailed,
+    WritePart,
+)
+from fedoap.seal import SealedFile, public_half, sealed_at
 from fedoap.tensors import BlobManifest, TaskManifest
 from fedoap_coordinator.folder import LEDGER
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.store import Made, Store
 from power import Recorder, cuts, lay_out
-from tests.coordinator.conftest import Maker, open_store
+from tests.coordinator.conftest import EXCHANGE, Maker, open_store
 
 SITES = ("hospital_a", "hospital_b")
 SIZE = 1000
+HALF = public_half(EXCHANGE)
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -49,8 +59,8 @@ def test_no_power_cut_loses_what_was_acknowledged(fast_folder: Path) -> None:
     ("left_out", "found"),
     [
         ("fdatasync", "bytes of an acknowledged blob"),
-        ("fsync", "manifest"),
-        ("fsync folder", "blob is missing, but the ledger keeps it|manifest is gone"),
+        ("fsync", "manifest|key has 0 bytes"),
+        ("fsync folder", "blob is missing, but the ledger keeps it|manifest is gone|key is missing"),
     ],
 )
 def test_a_store_that_leaves_out_a_sync_is_caught(fast_folder: Path, left_out: str, found: str) -> None:
@@ -66,7 +76,7 @@ def test_a_store_that_writes_the_row_before_the_blob_is_caught(
     def finish(self: Store, effect: FinishPart) -> Stored | StoreFailed:
         assert effect.upload is not None
         self.ledger.add_update(effect.part, effect.site, effect.upload, effect.signature, 1.0)
-        trouble = self.blobs.finish_part(effect.part, effect.blob)
+        trouble = self.blobs.finish_part(effect.part, effect.upload)
         return StoreFailed(effect.part, *trouble) if trouble else Stored(effect.part)
 
     with monkeypatch.context() as patch:
@@ -87,7 +97,7 @@ def record(folder: Path, ignored: frozenset[str]) -> Recorder:
             store = open_store(ledger, state)
             model = None
             for number, kind in enumerate(("init", "train")):
-                manifest = TaskManifest("demo", b"p" * 32, kind, number, 1, SITES, 600, model)  # type: ignore[arg-type]
+                manifest = TaskManifest("demo", b"p" * 32, kind, number, 1, SITES, 600, model, None, HALF)  # type: ignore[arg-type]
                 model = exchange(store, Maker(state / "merge"), manifest, recorder)
             store.blobs.close()
     return recorder
@@ -96,7 +106,7 @@ def record(folder: Path, ignored: frozenset[str]) -> Recorder:
 def exchange(store: Store, make: Maker, manifest: TaskManifest, recorder: Recorder) -> BlobManifest:
     """Do one exchange, and take down what was acknowledged as soon as it may be."""
     task = hashlib.sha256(manifest.pack()).digest()
-    store.apply(RecordOpened(task, manifest, manifest.pack(), b"s" * 64))
+    store.apply(RecordOpened(task, manifest, manifest.pack(), b"s" * 64, EXCHANGE))
     recorder.look("task opened")
     for number, site in enumerate(SITES):
         recorder.said.append(upload(store, make, task, site, 10.0 * manifest.round + number))
@@ -119,8 +129,9 @@ def upload(store: Store, make: Maker, task: bytes, site: str, value: float) -> b
     manifest = make.upload(task, site, blob)
     name, data = hashlib.sha256(manifest.pack()).digest(), path.read_bytes()
     path.unlink()
-    store.apply(OpenPart(name, blob.size))
-    store.apply(WritePart(name, 0, data))
+    store.apply(OpenPart(name, sealed_at(blob, blob.size)))
+    for at, sealed in make.sealed(manifest, data):
+        store.apply(WritePart(name, at, sealed))
     assert store.apply(FinishPart(name, blob, manifest, site, b"s" * 64)) == Stored(name)
     return name
 
@@ -144,8 +155,15 @@ def check(place: Path, said: tuple[bytes, ...]) -> None:
         store = open_store(ledger, place)
         history = store.history()
         recorded = {row.upload for task in ledger.tasks() for row in ledger.updates(task.task)}
-        kept = [update.manifest.blob for update in history.open.updates] if history.open else []
-        kept += [blob for blob in (history.model,) if blob is not None]
+        for update in history.open.updates if history.open else ():
+            files = store.blobs.files(update.upload)
+            assert files.manifest.exists(), "manifest is gone"
+            assert files.manifest.read_bytes() == update.manifest.pack(), "manifest is damaged"
+            try:
+                list(SealedFile(files.blob, update.manifest, EXCHANGE).chunks())
+            except UpdateError as error:
+                raise AssertionError("bytes of an acknowledged blob are damaged") from error
+        kept = [blob for blob in (history.model,) if blob is not None]
         for name in said:
             assert name in recorded or ledger.published(name), "an acknowledged row is gone"
         for blob in kept:
@@ -163,8 +181,10 @@ def go_on(store: Store, folder: Path) -> None:
     folder.mkdir()
     opened = store.history().open
     if opened is None:
-        manifest = TaskManifest("demo", b"p" * 32, "train", 2, 1, SITES, 600, store.history().model)
-        store.apply(RecordOpened(hashlib.sha256(manifest.pack()).digest(), manifest, manifest.pack(), b"s" * 64))
+        manifest = TaskManifest("demo", b"p" * 32, "train", 2, 1, SITES, 600, store.history().model, None, HALF)
+        store.apply(
+            RecordOpened(hashlib.sha256(manifest.pack()).digest(), manifest, manifest.pack(), b"s" * 64, EXCHANGE)
+        )
         opened = store.history().open
     assert opened is not None
     for site in set(SITES) - {update.site for update in opened.updates}:

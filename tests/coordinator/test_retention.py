@@ -22,7 +22,7 @@ def kept_uploads(machine: Machine) -> list[int]:
     with Ledger(machine.state / "fed.sqlite", "demo") as ledger:
         files = set(machine.blobs())
         here = {
-            row.manifest.round: {one.manifest.blob.id.hex() in files for one in ledger.updates(row.task)}
+            row.manifest.round: {one.upload.hex() in files for one in ledger.updates(row.task)}
             for row in ledger.tasks()
         }
     return [number for number, all_here in here.items() if all_here == {True}]
@@ -50,7 +50,7 @@ def test_an_upload_that_did_not_count_is_not_kept(machine: Machine, make: Maker)
         store.apply(RecordClosed(task, "done", (first.upload,), model))
 
         assert [one.kept for one in store.ledger.updates(task)] == [True, False]
-        assert not store.blobs.has(second.manifest.blob.id)
+        assert not store.blobs.has(second.upload)
 
 
 def test_a_later_wish_to_keep_more_does_not_ask_for_what_is_gone_and_one_for_less_is_done_at_once(
@@ -70,10 +70,10 @@ def test_a_kept_upload_that_is_missing_is_said_at_the_start(machine: Machine, ma
     with machine.opened(upload_rounds=1) as store:
         run_rounds(store, make, rounds=1)
         (one, _) = store.ledger.updates(store.ledger.tasks()[-1].task)
-        store.files(one.manifest.blob).blob.unlink()
+        store.blobs.files(one.upload).blob.unlink()
 
     with (
-        pytest.raises(StorageError, match=f"{one.manifest.blob.id.hex()}: blob is missing, but the ledger keeps it"),
+        pytest.raises(StorageError, match=f"{one.upload.hex()}: blob is missing, but the ledger keeps it"),
         machine.opened(upload_rounds=1),
     ):
         pass

@@ -26,15 +26,14 @@ from fedoap.protocol.events import (
     StoreFailed,
     WritePart,
 )
-from fedoap.tensors import BlobManifest, TaskManifest, read_blob
+from fedoap.seal import SealedFile, sealed_at
+from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, parse_blob, read_blob
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.store import Made, Store
-from tests.coordinator.conftest import Maker, open_store
+from tests.coordinator.conftest import EXCHANGE, Maker, open_store
 
 if TYPE_CHECKING:
     from _typeshed import TraceFunction
-
-MIB = 1 << 20
 
 
 class Crashed(BaseException):
@@ -77,7 +76,7 @@ def machine(state: Path) -> Machine:
 
 def open_task(store: Store, manifest: TaskManifest) -> bytes:
     task = hashlib.sha256(manifest.pack()).digest()
-    store.apply(RecordOpened(task, manifest, manifest.pack(), b"s" * 64))
+    store.apply(RecordOpened(task, manifest, manifest.pack(), b"s" * 64, EXCHANGE))
     return task
 
 
@@ -86,9 +85,9 @@ def upload(store: Store, make: Maker, task: bytes, site: str, value: float) -> S
     manifest = make.upload(task, site, blob)
     name = hashlib.sha256(manifest.pack()).digest()
     data = path.read_bytes()
-    failed = store.apply(OpenPart(name, blob.size))
-    for at in range(0, blob.size, MIB):
-        failed = failed or store.apply(WritePart(name, at, memoryview(data)[at : at + MIB]))
+    failed = store.apply(OpenPart(name, sealed_at(blob, blob.size)))
+    for at, sealed in make.sealed(manifest, data):
+        failed = failed or store.apply(WritePart(name, at, sealed))
     return failed or store.apply(FinishPart(name, blob, manifest, site, b"s" * 64))
 
 
@@ -102,9 +101,10 @@ def test_an_upload_is_stored_with_its_manifest_beside_it(machine: Machine, make:
         assert isinstance(answer, Stored)
         assert history.open is not None
         (update,) = history.open.updates
-        files = store.files(update.manifest.blob)
-        assert BlobManifest.unpack(files.manifest.read_bytes()) == update.manifest.blob
-        assert read_blob(files.blob, update.manifest.blob)["weight"][0] == 2.0
+        files = store.blobs.files(update.upload)
+        assert UploadManifest.unpack(files.manifest.read_bytes()) == update.manifest
+        plain = b"".join(SealedFile(files.blob, update.manifest, EXCHANGE).chunks())
+        assert parse_blob(plain, update.manifest.blob)["weight"][0] == 2.0
 
 
 def test_history_is_the_same_after_reopening(machine: Machine, make: Maker) -> None:
@@ -135,7 +135,7 @@ def test_what_the_open_task_needs_is_kept(machine: Machine, make: Maker) -> None
     with machine.opened() as store:
         history = store.history()
         assert history.open is not None
-        assert store.blobs.has(history.open.updates[0].manifest.blob.id)
+        assert store.blobs.has(history.open.updates[0].upload)
         assert len(machine.blobs()) == 6
 
 
@@ -300,7 +300,7 @@ def crash_after(steps: int, folder: Path, upload_rounds: int) -> bool:
         assert second is not None
         assert read_blob(store.files(second).blob, second)["weight"][0] == 101.0
         last = store.ledger.updates(store.ledger.tasks()[-1].task) if upload_rounds else ()
-        kept = {first.id.hex(), second.id.hex(), *(one.manifest.blob.id.hex() for one in last)}
+        kept = {first.id.hex(), second.id.hex(), *(one.upload.hex() for one in last)}
         assert machine.blobs() == sorted([*kept, *(f"{name}.manifest" for name in kept)])
     shutil.rmtree(folder)
     return crashed
@@ -346,7 +346,6 @@ def assert_acknowledged(store: Store, acknowledged: list[bytes]) -> None:
         return
     assert set(acknowledged) <= {update.upload for update in history.open.updates}
     for update in history.open.updates:
-        blob = update.manifest.blob
-        data = store.files(blob).blob.read_bytes()
-        assert BlobManifest.unpack(store.files(blob).manifest.read_bytes()) == blob
-        assert hashlib.sha256(data[: blob.chunk(0)[0]]).digest() == blob.chunk(0)[1]
+        files = store.blobs.files(update.upload)
+        assert UploadManifest.unpack(files.manifest.read_bytes()) == update.manifest
+        assert list(SealedFile(files.blob, update.manifest, EXCHANGE).chunks())

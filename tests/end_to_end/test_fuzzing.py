@@ -21,11 +21,12 @@ import pytest
 import zmq
 
 from fedoap.messages import FromCoordinator, Idle, Refuse, Wait
+from fedoap.seal import public_half
 from fedoap.tensors import UploadManifest, write_blob
 from fedoap_coordinator.folder import LEDGER
 from fedoap_coordinator.ledger import Ledger
 from malformed import Malformed
-from scripted import ScriptedSite
+from scripted import SEAL_SECRET, ScriptedSite
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import Federation
@@ -60,6 +61,7 @@ def test_a_known_site_that_sends_nonsense_gets_nothing_accepted_and_stops_nobody
         assert set(answers) <= {"refuse", "wait"}
         assert list((federation.root / "state/parts").iterdir()) == []
         site.upload(upload, raw)
+        federation.wait_for("coordinator", "task_closed", kind="init")  # the first weights are the upload, opened
         assert (federation.root / "state/blobs" / upload.blob.id.hex()).read_bytes() == raw
     with Ledger(federation.root / "state" / LEDGER, "trial") as ledger:
         assert [row.manifest for row in ledger.updates(upload.task)] == [upload]
@@ -102,7 +104,9 @@ def result(site: ScriptedSite, folder: Path) -> tuple[UploadManifest, bytes]:
     task = hashlib.sha256(site.await_task()).digest()
     path = folder / "update"
     blob = write_blob(path, {"weight": np.arange(800_000, dtype=np.float32)})
-    return UploadManifest(task, site.member.site, 8, (("seconds", 0.0),), blob), path.read_bytes()
+    return UploadManifest(
+        task, site.member.site, 8, (("seconds", 0.0),), blob, public_half(SEAL_SECRET)
+    ), path.read_bytes()
 
 
 def pour(site: ScriptedSite, nonsense: Malformed, count: int) -> list[str]:

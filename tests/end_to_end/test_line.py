@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedoap.messages import CHUNK_BYTES
-from fedoap.transfer import WINDOW_CHUNKS
+from fedoap.pace import MOST_CHUNKS
 from proxy import Line, Proxy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def test_an_upload_through_cuts_arrives_intact_and_little_is_sent_twice(federate
     first = np.random.default_rng(7).integers(-64, 64, (ROWS, 1000)) / 8
     assert np.array_equal(federation.weights()["decoder.weight"], first + 0.5)
     assert cuts == CUTS
-    assert sent - 4000 * ROWS < cuts * (WINDOW_CHUNKS + 1) * CHUNK_BYTES
+    assert sent - 4000 * ROWS < cuts * (MOST_CHUNKS + 1) * CHUNK_BYTES
     sys.stdout.write(f"\ncuts: {cuts} in {4000 * ROWS / 1e6:.0f} MB, {sent / (4000 * ROWS):.2f} of it sent, intact\n")
 
 

@@ -8,9 +8,9 @@ from typing import get_args
 import pytest
 import torch
 
-from fedoap import config
 from fedoap.kernels import backend as backends
 from fedoap.kernels.backend import VARIABLE, Backend, choose
+from fedoap_node import ready
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 """A tensor can lie on a GPU that is not there: a fake one, while shapes are traced."""
@@ -104,5 +104,5 @@ def test_without_triton_plain_pytorch_runs() -> None:
 
 def test_configuration_and_kernels_know_the_same_backends() -> None:
     """The node names the setting's fault before it dials, and must not load torch for that."""
-    assert get_args(Backend) == config.BACKENDS
-    assert VARIABLE == config.KERNELS_VARIABLE
+    assert get_args(Backend) == ready.BACKENDS
+    assert VARIABLE == ready.KERNELS_VARIABLE

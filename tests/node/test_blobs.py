@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from fedoap.errors import StorageError
-from fedoap.tensors import BlobManifest, write_blob
+from fedoap.tensors import BlobManifest, TensorSpec, write_blob
 from fedoap_node.blobs import BlobStore
+
+MIB = 1 << 20
 
 
 def blob(tmp_path: Path) -> tuple[BlobManifest, bytes]:
@@ -15,7 +17,7 @@ def blob(tmp_path: Path) -> tuple[BlobManifest, bytes]:
 
 
 def stored(store: BlobStore, manifest: BlobManifest, data: bytes) -> None:
-    store.open(manifest.id, manifest.size)
+    store.open(manifest.id, manifest)
     store.write(manifest.id, 0, data)
     store.finish(manifest.id, manifest)
 
@@ -32,15 +34,65 @@ def test_a_finished_part_is_a_blob_with_its_manifest_after_a_restart(tmp_path: P
     assert hashlib.sha256(files.manifest.read_bytes()).digest() == manifest.id
 
 
-def test_a_part_that_a_crash_cut_short_is_gone_after_a_restart(tmp_path: Path) -> None:
-    manifest, data = blob(tmp_path)
+def large(tmp_path: Path) -> tuple[BlobManifest, bytes]:
+    """Three chunks, the last one short."""
+    manifest = write_blob(tmp_path / "large", {"w": np.arange(600_000, dtype=np.float32)})
+    return manifest, (tmp_path / "large").read_bytes()
+
+
+def test_a_download_goes_on_behind_the_last_chunk_that_is_right_and_is_whole_in_the_end(tmp_path: Path) -> None:
+    manifest, data = large(tmp_path)
     store = BlobStore(tmp_path / "state")
-    store.open(manifest.id, manifest.size)
-    store.write(manifest.id, 0, data[:100])
+    store.open(manifest.id, manifest)
+    store.write(manifest.id, 0, data[:MIB])
+    store.write(manifest.id, MIB, data[MIB : MIB + 100])
 
     again = BlobStore(tmp_path / "state")
 
-    assert again.stored() == frozenset()
+    assert (again.stored(), again.partly()) == (frozenset(), {manifest.id: MIB})
+    again.open(manifest.id, manifest, MIB)
+    again.write(manifest.id, MIB, data[MIB : 2 * MIB])
+    again.write(manifest.id, 2 * MIB, data[2 * MIB :])
+    again.finish(manifest.id, manifest)
+    assert again.files(manifest.id).blob.read_bytes() == data
+    assert list((tmp_path / "state" / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("spoil", ["first chunk", "manifest", "manifest gone", "nothing written"])
+def test_a_part_that_is_not_known_to_be_right_is_gone_after_a_restart(tmp_path: Path, spoil: str) -> None:
+    """Planted bug: the number of bytes that were written, taken for that of bytes that are right."""
+    manifest, data = large(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    store.open(manifest.id, manifest)
+    parts = tmp_path / "state" / "parts"
+    described = parts / f"{manifest.id.hex()}.manifest"
+    if spoil != "nothing written":
+        store.write(manifest.id, 0, data[:MIB])
+    match spoil:
+        case "first chunk":
+            store.write(manifest.id, 5, b"\xff")
+        case "manifest":
+            described.write_bytes(blob(tmp_path)[0].pack())
+        case "manifest gone":
+            described.unlink()
+        case _:
+            pass
+    store.close()
+
+    assert BlobStore(tmp_path / "state").partly() == {}
+    assert list(parts.iterdir()) == []
+
+
+def test_parts_of_blobs_that_nobody_wants_go_when_a_task_is_over(tmp_path: Path) -> None:
+    manifest, data = large(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    store.open(manifest.id, manifest)
+    store.write(manifest.id, 0, data[:MIB])
+    store.close()
+
+    again = BlobStore(tmp_path / "state")
+    again.keep_only([])
+
     assert list((tmp_path / "state" / "parts").iterdir()) == []
 
 
@@ -56,7 +108,7 @@ def test_a_full_disk_refuses_a_part_before_a_byte_is_written(tmp_path: Path) -> 
     store = BlobStore(tmp_path / "state")
 
     with pytest.raises(StorageError, match="no room for"):
-        store.open(b"\1" * 32, 1 << 60)
+        store.open(b"\1" * 32, BlobManifest((TensorSpec("w", "float32", (1 << 38, 1 << 20)),), b""))
 
     assert list((tmp_path / "state" / "parts").iterdir()) == []
 
@@ -64,7 +116,7 @@ def test_a_full_disk_refuses_a_part_before_a_byte_is_written(tmp_path: Path) -> 
 def test_writing_to_a_dropped_part_does_nothing_and_finishing_it_is_an_error(tmp_path: Path) -> None:
     manifest, data = blob(tmp_path)
     store = BlobStore(tmp_path / "state")
-    store.open(manifest.id, manifest.size)
+    store.open(manifest.id, manifest)
     store.drop(manifest.id)
 
     store.write(manifest.id, 0, data)
@@ -93,7 +145,7 @@ def test_no_descriptor_stays_open_after_many_parts(tmp_path: Path) -> None:
 
     for _ in range(5):
         stored(store, manifest, data)
-    store.open(manifest.id, manifest.size)
+    store.open(manifest.id, manifest)
     store.close()
 
     assert len(list(Path("/proc/self/fd").iterdir())) == before

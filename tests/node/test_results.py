@@ -1,4 +1,5 @@
 import json
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -99,6 +100,20 @@ def test_a_crash_between_result_and_promotion_is_made_good_at_the_next_start(tmp
     record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
     assert record.round == 2
     assert record.personal == again.personal
+
+
+def test_a_result_is_sealed_with_one_secret_a_task_whatever_restarts(tmp_path: Path) -> None:
+    """Planted bug: a fresh secret each time, so that the same result is another upload after a restart."""
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    first = results.seal_secret(WORK, b"t" * 32)
+
+    again = Results(folder(tmp_path))
+    again.recover()
+
+    assert again.seal_secret(WORK, b"t" * 32) == first
+    assert again.seal_secret(WORK, b"u" * 32) != first
+    assert stat.S_IMODE((tmp_path / "hospital_a/state/work" / WORK.hex() / "seal.key").stat().st_mode) == 0o600
 
 
 def test_recovery_done_twice_changes_nothing(tmp_path: Path) -> None:
@@ -226,7 +241,7 @@ def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -
     for work in (b"\1" * 32, b"\2" * 32, task.work):
         state.results.finish(work, worked(state.results, tmp_path, work=work))
     for manifest in (weights, write_blob(tmp_path / "other", {"v": np.ones(4, np.float32)})):
-        state.blobs.open(manifest.id, manifest.size)
+        state.blobs.open(manifest.id, manifest)
         state.blobs.finish(manifest.id, manifest)
 
     state.commit(task)

@@ -66,14 +66,14 @@ def test_another_protocol_version_is_refused_with_both_versions_named() -> None:
 
     assert isinstance(answer, Refuse)
     assert answer.code == "version"
-    assert answer.reason == "site alpha speaks protocol 2 (fedoap 9), but the coordinator speaks 1 (desk)"
+    assert answer.reason == "site alpha speaks protocol 3 (fedoap 9), but the coordinator speaks 2 (desk)"
 
 
 def test_a_hello_signed_for_another_protocol_version_is_refused() -> None:
     desk = Desk()
     nonce = _open(desk)
 
-    assert code_of(desk.say("alpha", desk.hello("alpha", nonce, protocol=2))) == "bad_signature"
+    assert code_of(desk.say("alpha", desk.hello("alpha", nonce, protocol=PROTOCOL_VERSION + 1))) == "bad_signature"
 
 
 def test_a_hello_signed_by_another_key_is_refused() -> None:
@@ -231,7 +231,7 @@ def test_a_site_leaves_when_the_coordinator_speaks_another_version() -> None:
 
     effects = site.handle(Answered(Challenge(7, "fedoap 9", NONCE)), 0.1)
 
-    reason = "the coordinator speaks protocol 7 (fedoap 9), but this site speaks 1 (test)"
+    reason = "the coordinator speaks protocol 7 (fedoap 9), but this site speaks 2 (test)"
     assert effects == [Leave("version", reason)]
 
 

@@ -14,11 +14,15 @@ from fedoap.protocol.events import (
     Aggregate,
     DropPart,
     FinishPart,
+    OpenPart,
     RosterChanged,
     Send,
+    Stopping,
     StoreFailed,
+    SyncPart,
     WritePart,
 )
+from fedoap.seal import TAG_BYTES
 from simulated.training import SHAPES
 
 GOOD: Arrays = {name: np.ones(shape, np.float32) for name, shape in SHAPES.items()}
@@ -188,7 +192,7 @@ def test_a_chunk_with_the_wrong_hash_is_refused_and_the_right_one_still_taken(de
     desk.offer("alpha", manifest)
     upload = hashlib.sha256(manifest.pack()).digest()
 
-    assert code_of(desk.say("alpha", Chunk(upload, 0), bytes(CHUNK_BYTES))) == "corrupt"
+    assert code_of(desk.say("alpha", Chunk(upload, 0), bytes(CHUNK_BYTES + TAG_BYTES))) == "corrupt"
     assert Commit(upload) in desk.send("alpha", manifest, raw)
 
 
@@ -196,8 +200,9 @@ def test_a_chunk_of_the_wrong_length_is_malformed(desk: Desk) -> None:
     manifest, raw = desk.result("alpha", GOOD)
     desk.offer("alpha", manifest)
 
-    upload = hashlib.sha256(manifest.pack()).digest()
-    assert code_of(desk.say("alpha", Chunk(upload, 0), raw[:10])) == "malformed"
+    message, sealed = desk.chunk(manifest, raw, 0)
+    assert code_of(desk.say("alpha", message, sealed[:10])) == "malformed"
+    assert code_of(desk.say("alpha", message, raw[:64])) == "malformed"
 
 
 def test_a_chunk_after_a_gap_is_not_written_and_the_gap_is_asked_for_once(desk: Desk) -> None:
@@ -205,8 +210,8 @@ def test_a_chunk_after_a_gap_is_not_written_and_the_gap_is_asked_for_once(desk: 
     desk.offer("alpha", manifest)
     upload = hashlib.sha256(manifest.pack()).digest()
 
-    assert desk.say("alpha", Chunk(upload, 64), raw[64:128]) == [Go(upload, 0, len(raw))]
-    assert desk.say("alpha", Chunk(upload, 128), raw[128:]) == []
+    assert desk.say("alpha", *desk.chunk(manifest, raw, 64)) == [Go(upload, 0, len(raw))]
+    assert desk.say("alpha", *desk.chunk(manifest, raw, 128)) == []
     assert not [one for one in desk.effects if isinstance(one, WritePart) and one.part == upload]
 
 
@@ -214,9 +219,9 @@ def test_a_repeated_chunk_is_written_once(desk: Desk) -> None:
     manifest, raw = desk.result("alpha", GOOD)
     desk.offer("alpha", manifest)
     upload = hashlib.sha256(manifest.pack()).digest()
-    first = desk.say("alpha", Chunk(upload, 0), raw[:64])
+    first = desk.say("alpha", *desk.chunk(manifest, raw, 0))
 
-    assert desk.say("alpha", Chunk(upload, 0), raw[:64]) == first
+    assert desk.say("alpha", *desk.chunk(manifest, raw, 0)) == first
     assert len([one for one in desk.effects if isinstance(one, WritePart) and one.part == upload]) == 1
 
 
@@ -257,12 +262,57 @@ def test_an_upload_goes_on_where_it_was_on_a_new_connection(desk: Desk) -> None:
     manifest, raw = desk.result("alpha", GOOD)
     upload = hashlib.sha256(manifest.pack()).digest()
     desk.offer("alpha", manifest)
-    desk.say("alpha", Chunk(upload, 0), raw[:64])
+    desk.say("alpha", *desk.chunk(manifest, raw, 0))
     desk.join("alpha", route=b"alpha again")
 
     answers = desk.say("alpha", offer_of(manifest, "alpha"), manifest.pack(), route=b"alpha again")
 
     assert answers == [Go(upload, 64, len(raw))]
+
+
+def test_an_upload_goes_on_where_it_was_durable_after_a_restart(desk: Desk) -> None:
+    manifest, raw = desk.result("alpha", GOOD)
+    upload = hashlib.sha256(manifest.pack()).digest()
+    desk.offer("alpha", manifest)
+    desk.say("alpha", *desk.chunk(manifest, raw, 0))
+    desk.boot()
+    desk.join(*desk.config.sites)
+
+    answers = desk.offer("alpha", manifest)
+
+    assert answers == [Go(upload, 64, len(raw))]
+    assert OpenPart(upload, len(raw) + 3 * TAG_BYTES, 64) in desk.effects
+    desk.say("alpha", *desk.chunk(manifest, raw, 64))
+    assert desk.say("alpha", *desk.chunk(manifest, raw, 128)) == [Commit(upload)]
+
+
+def test_after_a_restart_a_site_may_come_back_with_another_result(desk: Desk) -> None:
+    lost, raw = desk.result("alpha", GOOD)
+    upload = hashlib.sha256(lost.pack()).digest()
+    desk.offer("alpha", lost)
+    desk.say("alpha", *desk.chunk(lost, raw, 0))
+    desk.boot()
+    desk.join(*desk.config.sites)
+    fresh, _ = desk.result("alpha", {**GOOD, "norm.bias": np.zeros(3, np.float32)})
+
+    assert desk.offer("alpha", fresh) == [Go(hashlib.sha256(fresh.pack()).digest(), 0, len(raw))]
+    assert DropPart(upload) in desk.effects
+
+
+def test_what_has_arrived_is_made_durable_before_the_coordinator_ends(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedoap.transfer.CHECKPOINT_CHUNKS", 32)
+    manifest, raw = desk.result("alpha", GOOD)
+    upload = hashlib.sha256(manifest.pack()).digest()
+    desk.offer("alpha", manifest)
+    written = desk.handle_say("alpha", *desk.chunk(manifest, raw, 0))
+    assert not [one for one in written if isinstance(one, SyncPart)]
+
+    effects = desk.handle(Stopping())
+
+    (sync,) = [one for one in effects if isinstance(one, SyncPart)]
+    assert (sync.part, sync.at, sync.upload, sync.site) == (upload, 64, manifest, "alpha")
 
 
 def test_a_third_upload_waits_until_one_of_two_is_done(desk: Desk) -> None:
@@ -287,9 +337,9 @@ def test_an_upload_that_stands_still_makes_room_and_keeps_what_arrived(desk: Des
     ids = {site: hashlib.sha256(manifest.pack()).digest() for site, (manifest, _) in results.items()}
     for site, (manifest, _) in results.items():
         desk.offer(site, manifest)
-    desk.say("alpha", Chunk(ids["alpha"], 0), results["alpha"][1][:64])
+    desk.say("alpha", *desk.chunk(*results["alpha"], 0))
     desk.now += 29.0
-    desk.say("beta", Chunk(ids["beta"], 0), results["beta"][1][:64])
+    desk.say("beta", *desk.chunk(*results["beta"], 0))
 
     effects = desk.wait(2.0)
 
@@ -307,7 +357,7 @@ def test_a_full_disk_refuses_the_upload_and_takes_it_when_there_is_room(desk: De
     effects = desk.handle(StoreFailed(upload, "no_space", "no space left"))
 
     assert Send(b"alpha", Refuse("no_space", "no space left", upload)) in effects
-    assert code_or_type(desk.say("alpha", Chunk(upload, 64), raw[64:128])) == "wait"
+    assert code_or_type(desk.say("alpha", *desk.chunk(manifest, raw, 64))) == "wait"
     assert desk.offer("alpha", manifest) == [Go(upload, 0, len(raw))]
     assert Commit(upload) in desk.send("alpha", manifest, raw)
 

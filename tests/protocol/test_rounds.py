@@ -245,34 +245,24 @@ def test_too_many_failures_for_a_quorum_start_the_round_anew_after_a_growing_pau
     reason = "0 of 3 sites committed, but 2 are needed; alpha failed: no data; beta failed: no data; gamma was still"
     assert desk.history.closed[-1].reason == f"{reason} at work"
     assert desk.machine.status().reason.startswith("train of round 1 is tried again in 30 s; it failed because 0 of 3")
-    _idle(desk, 29.0)
+    desk.idle(29.0)
     assert desk.history.open is None
-    _idle(desk, 2.0)
+    desk.idle(2.0)
     assert desk.task.attempt == 2
 
     for site in ("alpha", "beta"):
         desk.say(site, Failed(desk.open.task, "no data"))
-    _idle(desk, 119.0)
+    desk.idle(119.0)
     assert desk.history.open is None
-    _idle(desk, 2.0)
+    desk.idle(2.0)
     assert desk.task.attempt == 3
-
-
-def _idle(desk: Desk, seconds: float) -> None:
-    """Let time go by while every site keeps in touch."""
-    end = desk.now + seconds
-    while desk.now < end:
-        desk.now = min(end, desk.now + 5.0)
-        for site in desk.config.sites:
-            desk.say(site, Sync(b""))
-    desk.wait(0.0)
 
 
 def test_after_the_last_attempt_the_run_stops_and_says_why() -> None:
     desk = Desk(config=config(attempts=2))
     desk.to_train()
     for _ in range(2):
-        _idle(desk, 31.0)
+        desk.idle(31.0)
         desk.say("alpha", Failed(desk.open.task, "no data"))
 
     answer = _due(desk, "alpha")

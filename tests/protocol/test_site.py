@@ -66,7 +66,7 @@ def test_a_task_whose_blobs_are_here_is_started_at_once(bench: Bench) -> None:
 def test_a_missing_model_is_fetched_written_and_durable_before_the_work_starts() -> None:
     bench = Bench()
     task = bench.task()
-    assert bench.give(task) == [OpenPart(MODEL.id, 152), Say(Get(MODEL.id, 0, 152))]
+    assert bench.give(task) == [OpenPart(MODEL.id, 152, 0, MODEL), Say(Get(MODEL.id, 0, 152))]
 
     chunks = [bench.hear(Data(MODEL.id, at), MODEL_RAW[at : at + 64]) for at in (0, 64, 128)]
 
@@ -99,7 +99,7 @@ def test_a_download_that_the_disk_refused_is_tried_again_after_a_while() -> None
     bench.handle(BlobFailed(MODEL.id, "no space left"))
 
     assert not any(isinstance(one, OpenPart) for one in bench.wait(9))
-    assert OpenPart(MODEL.id, 152) in bench.wait(1)
+    assert OpenPart(MODEL.id, 152, 0, MODEL) in bench.wait(1)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_blobs_that_the_daemon_may_have_deleted_are_fetched_again(bench: Bench) 
     bench.done(first)
     bench.hear(Commit(upload_name(first)))
 
-    assert OpenPart(MODEL.id, 152) in bench.give(bench.task())
+    assert OpenPart(MODEL.id, 152, 0, MODEL) in bench.give(bench.task())
 
 
 def test_an_idle_word_while_a_result_is_on_its_way_makes_the_site_ask_after_it(bench: Bench) -> None:

@@ -1,21 +1,24 @@
 """Protocol machines and stores that are wrong on purpose: each is caught by some of a few seeds.
 
-A resume from an offset that was not verified has its place here once uploads resume after a restart: the
-simulated disk keeps volatile and durable bytes of each part apart (`simulated.disk`), so a machine that
+The simulated disk keeps volatile and durable bytes of each part apart (`simulated.disk`), so a machine that
 goes on behind the last sync finds, after some crash, other bytes there than it wrote.
 """
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
-from fedoap.protocol.events import Update
+from federation_builders import CHUNK_BYTES
+from fedoap.protocol.events import Arriving, CoordinatorEffect, SyncPart, Update
 from fedoap.protocol.exchange import Exchange, Tally
 from fedoap.protocol.hand import Hand
 from fedoap.protocol.history import History, OpenExchange, Record
 from fedoap.protocol.history import after as history_after
 from fedoap.protocol.rounds import Rounds
+from fedoap.protocol.uploads import Uploads
+from fedoap.seal import TAG_BYTES, Seal
 from fedoap.tensors import TaskManifest
 from fedoap.transfer import Admission, Range, Receiver, Sender
 from simulated import schedules
@@ -64,12 +67,18 @@ def _looks_only_when_something_is_stored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rounds, "stored", stored)
 
 
+def _seals_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Seal, "close", lambda _self, _at, plain: bytes(plain) + bytes(TAG_BYTES))
+    patch.setattr(Seal, "open", lambda _self, _at, sealed: bytes(sealed)[:-TAG_BYTES])
+
+
 def _takes_late_uploads(patch: pytest.MonkeyPatch) -> None:
     def anything_goes(self: Rounds, task: bytes, site: str) -> OpenExchange:
         return self.history.open or right(self, task, site)
 
     right = Rounds.require
     patch.setattr(Rounds, "require", anything_goes)
+    _seals_nothing(patch)  # what is sealed for another exchange does not open: the seal alone would keep it out
 
 
 def _forgets_credit_at_the_site(patch: pytest.MonkeyPatch) -> None:
@@ -81,7 +90,7 @@ def _forgets_credit_at_the_site(patch: pytest.MonkeyPatch) -> None:
 
 
 def _gives_credit_without_a_bound(patch: pytest.MonkeyPatch) -> None:
-    def grant(self: Receiver) -> int:
+    def grant(self: Receiver, now: float) -> int:
         self.upto = self.blob.size
         return self.upto
 
@@ -112,17 +121,37 @@ def _syncs_no_folder(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Disk, "sync_folders", sync_folders)
 
 
+def _says_durable_before_it_is(patch: pytest.MonkeyPatch) -> None:
+    def chunk(self: Uploads, *args: object) -> list[CoordinatorEffect]:
+        return sorted(right(self, *args), key=lambda effect: not isinstance(effect, SyncPart))  # type: ignore[arg-type]
+
+    right = Uploads.chunk
+    patch.setattr(Uploads, "chunk", chunk)
+
+
+def _goes_on_after_a_gap(patch: pytest.MonkeyPatch) -> None:
+    """Resume from an offset that nobody recorded."""
+
+    def resume(self: Uploads, arriving: Arriving, now: float) -> None:
+        size, next_chunk = arriving.manifest.blob.size, arriving.at // CHUNK_BYTES + 1
+        right(self, replace(arriving, at=min(size // CHUNK_BYTES, next_chunk) * CHUNK_BYTES), now)
+
+    right = Uploads.resume
+    patch.setattr(Uploads, "resume", resume)
+
+
 def _takes_any_bytes(patch: pytest.MonkeyPatch) -> None:
     """No hash is compared, so a flipped bit of a body goes by."""
 
-    def take(self: Receiver, at: int, body: memoryview) -> str:
+    def take(self: Receiver, at: int, body: memoryview, now: float) -> str:
         size, _ = self.blob.chunk(at)
-        if at != self.at or self.is_complete or len(body) != size or at + size > self.upto:
+        if at != self.at or self.is_complete or len(body) not in (size, size + TAG_BYTES) or at + size > self.upto:
             return "gap" if at > self.at else "repeated"
         self.at += size
         return "new"
 
     patch.setattr(Receiver, "take", take)
+    _seals_nothing(patch)
 
 
 def _admits_everyone(patch: pytest.MonkeyPatch) -> None:
@@ -190,6 +219,8 @@ def _is_content_with_less_than_a_quorum(patch: pytest.MonkeyPatch) -> None:
         (_is_content_with_less_than_a_quorum, "merged without a quorum"),
         (_syncs_nothing, "is damaged|another than in the quiet world|not that of the updates that counted"),
         (_syncs_no_folder, "a blob is missing, but the ledger needs it"),
+        (_says_durable_before_it_is, "is damaged"),
+        (_goes_on_after_a_gap, "goes on where it is not known to be durable"),
         (_takes_any_bytes, "is damaged|another than in the quiet world|not that of the updates that counted"),
     ],
 )

@@ -23,12 +23,14 @@ class Bench:
     """Site alpha, welcome and idle, at a time that only `wait` moves on."""
 
     have: frozenset[bytes] = field(default_factory=frozenset)
+    partly: dict[bytes, int] = field(default_factory=dict)
     plan: Plan = field(default_factory=lambda: config().plan)
 
     def __post_init__(self) -> None:
         self.now = 100.0
         key = public(FEDERATION_SECRET)
-        self.site = Site("demo", "alpha", key, secret("alpha"), curve("alpha"), have=self.have, software="test")
+        keys = key, secret("alpha"), curve("alpha")
+        self.site = Site("demo", "alpha", *keys, have=self.have, partly=self.partly, software="test")
         self.connect()
 
     def connect(self) -> list[SiteEffect]:

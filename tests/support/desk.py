@@ -10,11 +10,23 @@ from numpy.typing import NDArray
 from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, blob, config, curve, roster, secret
 from fedoap.config import FederationConfig
 from fedoap.identity import HELLO_CONTEXT, UPLOAD_CONTEXT, Roster, hello_payload, sign
-from fedoap.messages import PROTOCOL_VERSION, Challenge, Chunk, FromCoordinator, FromSite, Hello, Offer, Open, Refuse
+from fedoap.messages import (
+    PROTOCOL_VERSION,
+    Challenge,
+    Chunk,
+    FromCoordinator,
+    FromSite,
+    Hello,
+    Offer,
+    Open,
+    Refuse,
+    Sync,
+)
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
     Aggregated,
+    Arriving,
     CoordinatorEffect,
     CoordinatorEvent,
     FinishPart,
@@ -23,10 +35,13 @@ from fedoap.protocol.events import (
     RecordOpened,
     Send,
     Stored,
+    SyncPart,
     Tick,
     Update,
+    WritePart,
 )
 from fedoap.protocol.history import History, OpenExchange, Record, after
+from fedoap.seal import TAG_BYTES, Seal, public_half, sealed_at
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from simulated.training import SHAPES, train
 
@@ -49,6 +64,8 @@ class Desk:
     def __post_init__(self) -> None:
         self.now = 100.0
         self.effects: list[CoordinatorEffect] = []
+        self.parts: dict[bytes, bytes] = {}
+        self.arriving: list[Arriving] = []
         self._count = 0
         self.boot()
 
@@ -67,7 +84,7 @@ class Desk:
     @property
     def history(self) -> History:
         history = History()
-        for record in self.records:
+        for record in [*self.records, *self.arriving]:
             history = after(history, record)
         return history
 
@@ -90,6 +107,15 @@ class Desk:
     def wait(self, seconds: float) -> Effects:
         self.now += seconds
         return self.handle(Tick())
+
+    def idle(self, seconds: float) -> None:
+        """Let time go by while every site keeps in touch."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + 5.0)
+            for site in self.config.sites:
+                self.say(site, Sync(b""))
+        self.wait(0.0)
 
     def say(self, site: str, message: FromSite, body: bytes = b"", route: bytes = b"") -> list[FromCoordinator]:
         """What the coordinator answers to the connection that spoke."""
@@ -116,7 +142,8 @@ class Desk:
         model: Arrays = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
         made = arrays if arrays is not None else train(site, self.task, model, self.config.plan)
         manifest, raw = blob(made, self.config.wire.dtype if self.task.kind in ("init", "train") else "float32")
-        return UploadManifest(self.open.task, site, 12, (("loss", 0.5),), manifest), raw
+        upload = UploadManifest(self.open.task, site, 12, (("loss", 0.5),), manifest, public_half(secret(site)))
+        return upload, raw
 
     def offer(self, site: str, manifest: UploadManifest, *, key: str = "") -> list[FromCoordinator]:
         body = manifest.pack()
@@ -124,11 +151,16 @@ class Desk:
 
     def send(self, site: str, manifest: UploadManifest, raw: bytes) -> list[FromCoordinator]:
         """The answers to the chunks of an upload that has credit for all of them."""
-        upload = hashlib.sha256(manifest.pack()).digest()
         answers = []
         for at in range(0, len(raw), CHUNK_BYTES):
-            answers += self.say(site, Chunk(upload, at), raw[at : at + CHUNK_BYTES])
+            answers += self.say(site, *self.chunk(manifest, raw, at))
         return answers
+
+    def chunk(self, manifest: UploadManifest, raw: bytes, at: int) -> tuple[Chunk, bytes]:
+        """One chunk of an upload as its site sends it."""
+        seal = Seal.of_site(manifest, secret(manifest.site), self.task.seal_key)
+        size = manifest.blob.chunk(at)[0]
+        return Chunk(hashlib.sha256(manifest.pack()).digest(), at), seal.close(at, raw[at : at + size])
 
     def commit(self, *sites: str) -> None:
         """Let sites do the open task."""
@@ -164,6 +196,14 @@ class Desk:
             match effect:
                 case RecordOpened() | RecordClosed():
                     self.records.append(effect)
+                case WritePart(part, at, data):
+                    self.parts[part] = self.parts.get(part, b"")[:at] + bytes(data)
+                case SyncPart(part, at, upload, site, signature):
+                    secret = self.open.secret
+                    last = at - CHUNK_BYTES
+                    sealed = self.parts[part][sealed_at(upload.blob, last) :][: CHUNK_BYTES + TAG_BYTES]
+                    tail = Seal.of_exchange(upload, secret).open(last, sealed)[-7:]
+                    self.arriving = [Arriving(site, part, upload, signature, at, tail)]
                 case FinishPart(part, _, UploadManifest() as upload, site) if self.stores:
                     self.records.append(Update(site, part, upload))
                     self._carry_out(self.machine.handle(Stored(part), self.now))

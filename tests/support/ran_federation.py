@@ -13,6 +13,7 @@ from fedoap.config import FederationConfig
 from fedoap.identity import TASK_CONTEXT, UPLOAD_CONTEXT, KeyPair, Member, curve_keys, sign, signing_keys
 from fedoap.messages import CHUNK_BYTES
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
+from fedoap.seal import Seal, public_half, sealed_at
 from fedoap.tensors import BlobManifest, Dtype, TaskKind, TaskManifest, UploadManifest, write_blob
 from fedoap_coordinator.aggregator import BLOB, MASTER, merge
 from fedoap_coordinator.blobs import Blobs
@@ -23,6 +24,8 @@ from fedoap_coordinator.notary import Notary
 from fedoap_coordinator.store import Made, Store
 
 SITES = ("hospital_a", "hospital_b", "hospital_c")
+EXCHANGE, UPLOAD = b"e" * 32, b"u" * 32
+"""Secrets of every exchange and of every upload."""
 VALUES = 300_000
 """Of the model: two chunks as float32."""
 
@@ -81,10 +84,12 @@ class Ran:
         history = self.store.history()
         cohort = SITES[:1] if kind == "init" else SITES
         model, bank = (None, None) if kind == "init" else (history.model, history.bank)
-        manifest = TaskManifest("demo", self.config.plan.digest, kind, number, attempt, cohort, 600, model, bank)
+        plan, half = self.config.plan.digest, public_half(EXCHANGE)
+        manifest = TaskManifest("demo", plan, kind, number, attempt, cohort, 600, model, bank, half)
         packed = manifest.pack()
         task = hashlib.sha256(packed).digest()
-        self.store.apply(RecordOpened(task, manifest, packed, sign(self.keys.signing.secret, TASK_CONTEXT, packed)))
+        signature = sign(self.keys.signing.secret, TASK_CONTEXT, packed)
+        self.store.apply(RecordOpened(task, manifest, packed, signature, EXCHANGE))
         uploads = {site: self.upload(task, kind, site) for site in cohort}
         if end == "done":
             self.close(task, manifest, [uploads[site] for site in cohort if site != late])
@@ -97,13 +102,13 @@ class Ran:
         blob = write_blob(
             source, self.tensors(kind), self.config.wire.dtype if kind in ("init", "train") else "float32"
         )
-        upload = UploadManifest(task, site, 3 + SITES.index(site), (("loss", 0.5),), blob)
+        upload = UploadManifest(task, site, 3 + SITES.index(site), (("loss", 0.5),), blob, public_half(UPLOAD))
         packed = upload.pack()
         name = hashlib.sha256(packed).digest()
-        self.store.apply(OpenPart(name, blob.size))
-        data = source.read_bytes()
+        self.store.apply(OpenPart(name, sealed_at(blob, blob.size)))
+        data, seal = source.read_bytes(), Seal.of_site(upload, UPLOAD, public_half(EXCHANGE))
         for at in range(0, blob.size, CHUNK_BYTES):
-            self.store.apply(WritePart(name, at, data[at : at + CHUNK_BYTES]))
+            self.store.apply(WritePart(name, sealed_at(blob, at), seal.close(at, data[at : at + CHUNK_BYTES])))
         signature = sign(self.sites[site].secret, UPLOAD_CONTEXT, packed)
         self.store.apply(FinishPart(name, blob, upload, site, signature))
         source.unlink()
@@ -125,7 +130,7 @@ class Ran:
         result = None
         if manifest.kind != "calibrate":
             output = Path(tempfile.mkdtemp(dir=self.state))
-            made = merge(merge_job(manifest, counted, self.config.plan, self.state, output))
+            made = merge(merge_job(manifest, counted, self.config.plan, self.state, output), EXCHANGE)
             result = BlobManifest.unpack(bytes.fromhex(made.blob))
             exact = BlobManifest.unpack(bytes.fromhex(made.master)) if made.master else None
             self.store.publish(Made(result, output / BLOB, (output / MASTER, exact) if exact else None))

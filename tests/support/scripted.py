@@ -27,10 +27,12 @@ from fedoap.messages import (
     decode_from_coordinator,
     encode,
 )
+from fedoap.seal import Seal
 from fedoap.sitefolder import SiteFolder
-from fedoap.tensors import UploadManifest
+from fedoap.tensors import TaskManifest, UploadManifest
 from fedoap_node.membership import Membership
 
+SEAL_SECRET = b"s" * 32
 PATIENCE_MILLISECONDS = 20_000
 
 
@@ -42,6 +44,8 @@ class ScriptedSite:
     folder: Path
     member: Membership = field(init=False)
     socket: "zmq.Socket[bytes]" = field(init=False)
+    exchange: bytes = field(init=False, default=b"")
+    """Public key of the exchange whose task came last."""
 
     def __post_init__(self) -> None:
         self.member = Membership.read(SiteFolder(self.folder))
@@ -79,6 +83,7 @@ class ScriptedSite:
             time.sleep(0.1)
             if isinstance(answer, Task):
                 self.drain()  # it is told without being asked, too
+                self.exchange = TaskManifest.unpack(body).seal_key
                 return body
         raise AssertionError("no task is due")
 
@@ -90,6 +95,7 @@ class ScriptedSite:
     def upload(self, upload: UploadManifest, raw: bytes) -> None:
         """Return once the coordinator holds an honest upload for good."""
         offer, body = self.offer(upload)
+        seal = Seal.of_site(upload, SEAL_SECRET, self.exchange)
         self.say(offer, body)
         at = 0
         while True:
@@ -105,7 +111,7 @@ class ScriptedSite:
                     continue  # an answer to what was said before
             while at < answer.upto:
                 size, _ = upload.blob.chunk(at)
-                self.say(Chunk(offer.upload, at), raw[at : at + size])
+                self.say(Chunk(offer.upload, at), seal.close(at, raw[at : at + size]))
                 at += size
 
     def drain(self) -> list[tuple[FromCoordinator, bytes]]:

@@ -5,10 +5,11 @@ import hashlib
 from federation_builders import CHUNK_BYTES
 from fedoap.config import FederationConfig
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
+from fedoap.pace import MOST_CHUNKS
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
+from fedoap.seal import TAG_BYTES
 from fedoap.tensors import BlobManifest
-from fedoap.transfer import WINDOW_CHUNKS
 
 
 def is_intact(manifest: BlobManifest, raw: bytes) -> bool:
@@ -51,7 +52,7 @@ class Checks:
     def site_says(self, route: bytes, message: FromSite, size: int) -> None:
         if isinstance(message, Chunk):
             credit = self._credit.get((route, message.upload), 0)
-            assert message.at + size <= credit, "a site sent more than it had credit for"
+            assert message.at + size - TAG_BYTES <= credit, "a site sent more than it had credit for"
 
     def merging(self, effect: Aggregate) -> None:
         sites = [update.site for update in effect.updates]
@@ -97,5 +98,5 @@ class Checks:
         uploads = coordinator._rounds.uploads._of.values()
         open_bytes = [one.receiver.upto - one.receiver.at for one in uploads if one.receiver.upto > one.receiver.at]
         assert len(open_bytes) <= self._config.coordinator.uploads_at_once, "too many uploads hold credit"
-        most = WINDOW_CHUNKS * chunk_bytes
+        most = MOST_CHUNKS * chunk_bytes
         assert all(size <= most for size in open_bytes), "an upload holds more than one window of credit"

@@ -5,12 +5,14 @@ from collections.abc import Callable
 
 from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, roster
 from fedoap.config import FederationConfig
+from fedoap.errors import SealError
 from fedoap.messages import Credit, Data, FromCoordinator, Go
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
     Aggregated,
     AggregateFailed,
+    Arriving,
     CoordinatorEffect,
     CoordinatorEvent,
     DropPart,
@@ -23,12 +25,14 @@ from fedoap.protocol.events import (
     SendBlob,
     Stored,
     StoreFailed,
+    SyncPart,
     Tick,
     Update,
     WritePart,
 )
-from fedoap.protocol.history import Record, replay
-from fedoap.tensors import BlobManifest
+from fedoap.protocol.history import replay
+from fedoap.seal import Seal, sealed_at
+from fedoap.tensors import BlobManifest, UploadManifest
 from simulated.checks import Checks, is_intact
 from simulated.disk import Disk, FullError
 from simulated.network import Clock, Faults
@@ -58,7 +62,9 @@ class CoordinatorProcess:
     ) -> None:
         self._config, self._clock, self._rng, self._faults, self._checks = config, clock, rng, faults, checks
         self._nonce, self._send, self._gone = nonce, send, gone
-        self.records: list[Record] = []
+        self.records: list[RecordOpened | Update | RecordClosed] = []
+        self._synced: dict[bytes, SyncPart] = {}
+        """Rows: how far each upload is durable."""
         self.disk = Disk(rng, faults.disk_full)
         self.machine: Coordinator | None = None
         self.life = 0
@@ -66,15 +72,14 @@ class CoordinatorProcess:
 
     def boot(self) -> None:
         self.life += 1
-        needed = self._manifests()
-        self.disk.keep_only("parts", ())
-        self.disk.keep_only("blobs", needed)
-        for blob in needed.values():
-            self._read(blob)
+        arriving = self._arriving()
+        self.disk.keep_only("parts", self._synced)
+        self.disk.keep_only("blobs", {update.upload for update in self._updates()} | self._results().keys())
+        self.check_blobs()
         self.machine = Coordinator(
             self._config,
             roster(sites=self._config.sites),
-            replay(self.records),
+            replay([*self.records, *arriving]),
             signing_key=FEDERATION_SECRET,
             random_bytes=self._nonce,
             software="sim",
@@ -122,14 +127,8 @@ class CoordinatorProcess:
                 self._send(route, message, body)
             case SendBlob(route, blob, at, upto):
                 self._send_blob(route, blob, at, upto)
-            case OpenPart(part, size):
-                self._open(part, size)
-            case WritePart(part, at, data):
-                self.disk.write(("parts", part), at, bytes(data))
-            case FinishPart():
-                self._finish(effect)
-            case DropPart(part):
-                self.disk.remove(("parts", part))
+            case OpenPart() | WritePart() | SyncPart() | FinishPart() | DropPart():
+                self._write(effect)
             case Aggregate():
                 self._aggregate(effect)
             case RecordOpened() | RecordClosed():
@@ -141,6 +140,32 @@ class CoordinatorProcess:
         self._checks.coordinator_says(message)
         if isinstance(message, Go | Credit) and self.machine is not None:
             self._checks.credit_is_bounded(self.machine, CHUNK_BYTES)
+
+    def _write(self, effect: OpenPart | WritePart | SyncPart | FinishPart | DropPart) -> None:
+        match effect:
+            case OpenPart(part, _, at) if at:
+                assert self._synced[part].at == at, "an upload goes on where it is not known to be durable"
+            case OpenPart(part, size):
+                self._synced.pop(part, None)
+                self._open(part, size)
+            case WritePart(part, at, data):
+                self.disk.write(("parts", part), at, bytes(data))
+            case SyncPart(part):
+                self._sync(part, effect)
+            case FinishPart():
+                self._finish(effect)
+            case DropPart(part):
+                self._synced.pop(part, None)
+                self.disk.remove(("parts", part))
+
+    def _sync(self, part: bytes, effect: SyncPart) -> None:
+        if not self.disk.has(("parts", part)):
+            return
+        self.disk.sync(("parts", part))
+        self._perhaps_crash()
+        self.disk.sync_folders()
+        self._perhaps_crash()
+        self._synced[part] = effect
 
     def _open(self, part: bytes, size: int) -> None:
         try:
@@ -160,14 +185,15 @@ class CoordinatorProcess:
         if not self.disk.has(part):
             return  # its failure is on the way
         self.disk.sync(part)
-        self._adopt(part, effect.blob)
+        self._adopt(part, effect.part)
         self._record(Update(effect.site, effect.part, effect.upload))
+        self._synced.pop(effect.part, None)
         self._perhaps_crash()
         self._later(Stored(effect.part))
 
     def _aggregate(self, effect: Aggregate) -> None:
         self._checks.merging(effect)
-        updates = tuple((update.manifest, self._read(update.manifest.blob)) for update in effect.updates)
+        updates = tuple((update.manifest, self._read_update(update)) for update in effect.updates)
         life, (manifest, raw) = self.life, merge(effect.manifest, updates)
         return self._clock.after(1.0, lambda: self._publish(effect.task, manifest, raw) if life == self.life else None)
 
@@ -183,40 +209,76 @@ class CoordinatorProcess:
             self.disk.write(draft, 0, raw)
             self._perhaps_crash()
             self.disk.sync(draft)
-            self._adopt(draft, manifest)
+            self._adopt(draft, manifest.id)
         except CrashedError:
             return self.crash()
         return self.handle(Aggregated(task, manifest))
 
-    def _adopt(self, source: tuple[str, bytes], manifest: BlobManifest) -> None:
+    def _adopt(self, source: tuple[str, bytes], name: bytes) -> None:
         self._perhaps_crash()
-        self.disk.rename(source, ("blobs", manifest.id))
+        self.disk.rename(source, ("blobs", name))
         self._perhaps_crash()
         self.disk.sync_folders()
         self._perhaps_crash()
 
-    def _record(self, record: Record) -> None:
+    def _record(self, record: RecordOpened | Update | RecordClosed) -> None:
         self.disk.need_space()
         self.records.append(record)
         self._checks.recorded(record)
 
-    def _manifests(self) -> dict[bytes, BlobManifest]:
-        """Return every blob that a record names; all are kept here, so that the end can look at each."""
-        history = replay(self.records)
-        uploads = [record.manifest.blob for record in self.records if isinstance(record, Update)]
-        results = [record.result for record in self.records if isinstance(record, RecordClosed)]
-        published = [history.model, history.bank, *results]
-        return {blob.id: blob for blob in [*uploads, *published] if blob is not None and blob.size}
+    def _arriving(self) -> list[Arriving]:
+        """What the store says of uploads under way, as it starts."""
+        opened = replay(self.records).open
+        parts = set(self.disk.names("parts"))
+        rows = self._synced.items()
+        self._synced = {part: row for part, row in rows if opened and row.upload.task == opened.task and part in parts}
+        return [
+            Arriving(row.site, part, row.upload, row.signature, row.at, self._tail(row))
+            for part, row in self._synced.items()
+        ]
+
+    def _tail(self, row: SyncPart) -> bytes:
+        return self._opened(row.upload, self.disk.read(("parts", row.part)))[: row.at][-7:]
+
+    def _updates(self) -> list[Update]:
+        return [one for one in self.records if isinstance(one, Update) and one.manifest.blob.size]
+
+    def _results(self) -> dict[bytes, BlobManifest]:
+        """Return every result that a record names; all are kept here, so that the end can look at each."""
+        results = [one.result for one in self.records if isinstance(one, RecordClosed) and one.result is not None]
+        published = replay(self.records)
+        bases = [blob for blob in (published.model, published.bank) if blob is not None]
+        return {blob.id: blob for blob in [*results, *bases] if blob.size}
 
     def _read(self, manifest: BlobManifest) -> bytes:
-        if not manifest.size:
-            return b""
         assert self.disk.has(("blobs", manifest.id)), "a blob is missing, but the ledger needs it"
         raw = self.disk.read(("blobs", manifest.id))
         assert is_intact(manifest, raw), "a blob that is on record is damaged"
         return raw
 
+    def _read_update(self, update: Update) -> bytes:
+        if not update.manifest.blob.size:
+            return b""
+        assert self.disk.has(("blobs", update.upload)), "a blob is missing, but the ledger needs it"
+        plain = self._opened(update.manifest, self.disk.read(("blobs", update.upload)))
+        assert is_intact(update.manifest.blob, plain), "an upload that is on record is damaged"
+        return plain
+
+    def _opened(self, upload: UploadManifest, raw: bytes) -> bytes:
+        """The plain bytes of a sealed upload, up to the first chunk that does not open."""
+        blob, plain = upload.blob, b""
+        secret = next(one.secret for one in self.records if isinstance(one, RecordOpened) and one.task == upload.task)
+        seal = Seal.of_exchange(upload, secret)
+        for at in range(0, blob.size, blob.chunk_bytes):
+            try:
+                plain += seal.open(at, raw[sealed_at(blob, at) : sealed_at(blob, at + blob.chunk(at)[0])])
+            except SealError:
+                break
+        return plain
+
     def check_blobs(self) -> None:
         """Look at every byte of every blob that is on record."""
-        for blob in self._manifests().values():
+        for update in self._updates():
+            self._read_update(update)
+        for blob in self._results().values():
             self._read(blob)

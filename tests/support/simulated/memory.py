@@ -16,6 +16,7 @@ from fedoap.config import Plan
 from fedoap.identity import is_signed, sign
 from fedoap.messages import decode_from_coordinator, decode_from_site, encode
 from fedoap.protocol.assignment import read_plan
+from fedoap.seal import Seal, public_half
 from fedoap.transfer import Receiver
 
 WINDOW_CHUNKS: Final = 2
@@ -31,7 +32,13 @@ def many_worlds() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedoap.tensors.CHUNK_BYTES", CHUNK_BYTES)
         patch.setattr("fedoap.protocol.uploads.Receiver", partial(Receiver, window_chunks=WINDOW_CHUNKS))
-        patch.setattr("simulated.checks.WINDOW_CHUNKS", WINDOW_CHUNKS)
+        patch.setattr("simulated.checks.MOST_CHUNKS", WINDOW_CHUNKS)
+        patch.setattr("fedoap.pace.MOST_CHUNKS", WINDOW_CHUNKS)
+        patch.setattr("fedoap.transfer.CHECKPOINT_CHUNKS", 1)
+        patch.setattr("fedoap.seal.public_half", half := lru_cache(ENTRIES)(public_half))
+        patch.setattr("fedoap.protocol.rounds.public_half", half)
+        patch.setattr(Seal, "of_exchange", lru_cache(ENTRIES)(Seal.of_exchange))
+        patch.setattr(Seal, "of_site", lru_cache(ENTRIES)(Seal.of_site))
         remembered_sign, remembered_check = lru_cache(ENTRIES)(sign), lru_cache(ENTRIES)(is_signed)
         for module in SIGNERS:
             patch.setattr(f"fedoap.protocol.{module}.sign", remembered_sign)

@@ -1,5 +1,6 @@
 """A site's daemon in the simulation: blobs and results outlast a crash as far as synced, all else does not."""
 
+import hashlib
 import random
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.protocol.site import Site
+from fedoap.seal import Seal, public_half
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from simulated.coordinator import NO_SPACE, CrashedError
 from simulated.disk import Disk, FullError
@@ -57,6 +59,9 @@ class SiteProcess:
         self.disk = Disk(rng, faults.disk_full)
         self._made: dict[bytes, BlobManifest] = {}
         """What lies in `results`, by work; in reality a file in the same folder."""
+        self._seals: dict[bytes, Seal] = {}
+        self._growing: dict[bytes, BlobManifest] = {}
+        """What lies beside each part: the manifest of the blob that it is to become."""
         self._running: bytes = b""
         self.machine: Site | None = None
         self.life = 0
@@ -67,10 +72,12 @@ class SiteProcess:
     def boot(self) -> None:
         self.life += 1
         self._running = b""
-        self.disk.keep_only("parts", ())
+        partly = {part: self._right_bytes(part) for part in self.disk.names("parts")}
         have = frozenset(self.disk.names("blobs"))
         key = secret(self.name)
-        self.machine = Site("demo", self.name, FEDERATION_KEY, key, curve(self.name), have=have, software="sim")
+        self.machine = Site(
+            "demo", self.name, FEDERATION_KEY, key, curve(self.name), have=have, partly=partly, software="sim"
+        )
         self._tick(self.life)
 
     def handle(self, event: SiteEvent) -> None:
@@ -110,8 +117,8 @@ class SiteProcess:
                 self._say(self.name, message, body)
             case SayChunk():
                 self._say_chunk(effect)
-            case OpenPart(part, size):
-                self._open(part, size)
+            case OpenPart():
+                self._open(effect)
             case WritePart(part, at, data):
                 self.disk.write(("parts", part), at, bytes(data))
             case FinishPart(part):
@@ -133,7 +140,7 @@ class SiteProcess:
     def _say_chunk(self, effect: SayChunk) -> None:
         work = next(work for work, manifest in self._made.items() if manifest.id == effect.blob)
         raw = self.disk.read(("results", work))[effect.at : effect.at + effect.size]
-        self._say(self.name, Chunk(effect.upload, effect.at), raw)
+        self._say(self.name, Chunk(effect.upload, effect.at), self._seals[effect.upload].close(effect.at, raw))
 
     def _leave(self, code: str) -> None:
         """End; whoever runs the daemon starts it again, unless the federation has finished."""
@@ -142,11 +149,23 @@ class SiteProcess:
         elif code != "stopped":
             raise CrashedError
 
-    def _open(self, part: bytes, size: int) -> None:
+    def _open(self, effect: OpenPart) -> None:
+        assert effect.blob is not None
+        self._growing[effect.part] = effect.blob
+        if effect.at:
+            return
         try:
-            self.disk.create(("parts", part), size)
+            self.disk.create(("parts", effect.part), effect.size)
         except FullError:
-            self._later(BlobFailed(part, NO_SPACE))
+            self._later(BlobFailed(effect.part, NO_SPACE))
+
+    def _right_bytes(self, part: bytes) -> int:
+        """How much of a download is right after a crash, which may have torn any chunk of it."""
+        manifest, raw = self._growing[part], self.disk.read(("parts", part))
+        starts = range(0, manifest.size, manifest.chunk_bytes)
+        sizes = {at: manifest.chunk(at) for at in starts}
+        wrong = (at for at, (size, digest) in sizes.items() if hashlib.sha256(raw[at : at + size]).digest() != digest)
+        return next(wrong, manifest.size)
 
     def _finish(self, part: bytes) -> None:
         if not self.disk.has(("parts", part)):
@@ -202,4 +221,8 @@ class SiteProcess:
         return self.handle(self._done(task, manifest))
 
     def _done(self, task: bytes, manifest: TaskManifest) -> WorkDone:
-        return WorkDone(task, UploadManifest(task, self.name, 12, (("loss", 0.5),), self._made[manifest.work]))
+        key = hashlib.sha256(task + secret(self.name)).digest()
+        made = self._made[manifest.work]
+        upload = UploadManifest(task, self.name, 12, (("loss", 0.5),), made, public_half(key))
+        self._seals[hashlib.sha256(upload.pack()).digest()] = Seal.of_site(upload, key, manifest.seal_key)
+        return WorkDone(task, upload)
