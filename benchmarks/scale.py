@@ -2,13 +2,10 @@
 
     PYTHONPATH=. python benchmarks/scale.py --sites 1000 --mb 1
 
-The coordinator is the real one. A site here is the real connection and the real machine of a node, many to a
-process, without disk and worker: it returns what it got plus a small constant that its number fixes. Sites are
-enrolled before the start, in bulk. After the round every site has its next task in hand and the coordinator is
-killed by SIGKILL and started again; then the federation is brought to its end and the average is checked.
-
-Prints seconds until all have joined, of the round, and from the restart until all are back; and the coordinator's
-resident memory over what it had before the first site came. Everything is on loopback, in a temporary folder.
+The coordinator is the real one. A site here is the real connection, seal and machine of a node, many to a process,
+without disk and worker: it returns what it got plus a constant that its number fixes. Sites are enrolled before the
+start. After the round the coordinator is killed by SIGKILL and started again; the average is checked at the end.
+Memory is the coordinator's, over what it had before the first site came.
 """
 
 import argparse
@@ -27,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -57,12 +54,14 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.protocol.site import Site
+from fedoap.seal import KEY_BYTES, Seal, public_half
 from fedoap.tensors import BlobManifest, TaskManifest, TensorSpec, UploadManifest, read_blob
 from fedoap_coordinator.folder import open_ledger, prepare
 from fedoap_coordinator.port import raise_descriptor_limit
 from fedoap_node.link import Address, Link, News
 
 TICK_MS = 200
+SECRET = bytes(range(KEY_BYTES))
 PATIENCE_SECONDS = 600.0
 Floats = NDArray[np.float32]
 Row = dict[str, str | int | float]
@@ -95,6 +94,7 @@ class LightSite:
         self.link = Link(context, federation.address, curve)
         self._parts: dict[bytes, bytearray] = {}
         self._base = b""
+        self._seal: Seal
         self._outbox: deque[Say | SayChunk] = deque()
         self.held_back: StartWork | None = None
         self.left = False
@@ -153,7 +153,11 @@ class LightSite:
             assert manifest.model is not None
             self._base = manifest.model.id
             blob = described(self._update(), self._floats)
-        self._feed(WorkDone(task, UploadManifest(task, self._name, 8, (("loss", 0.5),), blob)))
+        upload = UploadManifest(task, self._name, 8, (("loss", 0.5),), blob)
+        if blob.size:
+            upload = replace(upload, seal_key=public_half(SECRET))
+            self._seal = Seal.of_site(upload, SECRET, manifest.seal_key)
+        self._feed(WorkDone(task, upload))
 
     def _update(self) -> bytes:
         if not self._base:
@@ -166,7 +170,7 @@ class LightSite:
                 case Say(message, body):
                     sent = self.link.send(message, body)
                 case SayChunk(upload, _, at, size):
-                    sent = self.link.send(Chunk(upload, at), self._update()[at : at + size])
+                    sent = self.link.send(Chunk(upload, at), self._seal.close(at, self._update()[at : at + size]))
             if not sent:
                 break
             self._outbox.popleft()
@@ -264,8 +268,7 @@ class Coordinator:
 
 def main() -> None:
     """Run and print."""
-    options = _options()
-    raise_descriptor_limit(options.sites)
+    raise_descriptor_limit((options := _options()).sites)
     with tempfile.TemporaryDirectory(prefix="fedoap-scale-") as folder, ExitStack() as stack:
         measure(Path(folder), options, stack)
 
@@ -278,11 +281,9 @@ def measure(root: Path, options: argparse.Namespace, stack: ExitStack) -> None:
     stack.callback(coordinator.close)
     coordinator.until("its start", bool)
     time.sleep(1)
-    before = coordinator.watch.peak
-    spawn = multiprocessing.get_context("spawn")
-    may_end = spawn.Event()
+    before, spawn = coordinator.watch.peak, multiprocessing.get_context("spawn")
+    may_end, begun = spawn.Event(), time.time()
     share = -(-sites // options.processes)
-    begun = time.time()
     for low in range(0, sites, share):
         numbers = range(low, min(sites, low + share))
         crowd = spawn.Process(target=run_sites, args=(numbers, {k: seeds[k] for k in numbers}, federation, may_end))

@@ -69,7 +69,6 @@ def test_a_chunk_that_was_sealed_for_something_else_is_refused_as_corrupt(sealed
 
 @given(st.integers(0, (CHUNK + TAG_BYTES) * 8 - 1))
 def test_a_chunk_with_any_bit_flipped_is_refused_as_corrupt(bit: int) -> None:
-    """Planted bug: the tag not compared."""
     spoilt = bytearray(chunk(upload(), 0))
     spoilt[bit // 8] ^= 1 << bit % 8
 

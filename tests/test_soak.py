@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_each_part_is_a_test_that_says_its_counts(part: Part) -> None:
-    """Planted bugs: a variable of another name; a line that begins with another word; a test that was renamed."""
     text = (ROOT / part.file).read_text(encoding="utf-8")
 
     assert not part.variable or f'"{part.variable}", "' in text

@@ -60,7 +60,7 @@ def test_a_simulation_that_is_stopped_ends_everything_it_started(
 ) -> None:
     """Planted bugs: for SIGKILL a watcher that ends nothing; for SIGTERM no `termination_raises`."""
     simulation = subprocess.Popen([*_command(tmp_path), "--out", "run"], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    _await(lambda: len(_running_in(tmp_path)) >= 4)
+    _await(lambda: len(_running_in(tmp_path)) >= 6)  # itself, its watcher, coordinator, two nodes, a worker
 
     simulation.send_signal(number)
 
@@ -76,8 +76,9 @@ def _command(folder: Path) -> list[str]:
 
 
 def _running_in(folder: Path) -> list[list[str]]:
-    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if any(str(folder) in word for word in line)]
+    """What runs below the folder; a worker that waits for its job has no path on its command line."""
+    running = psutil.process_iter(["cmdline", "cwd"])
+    return [one.info["cmdline"] or [] for one in running if (one.info["cwd"] or "").startswith(str(folder))]
 
 
 def _await(holds: Callable[[], bool]) -> None:
