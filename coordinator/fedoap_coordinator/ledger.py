@@ -31,8 +31,6 @@ create trigger if not exists key_of_new_member after insert on members begin
   insert or ignore into site_keys values(new.signing_key, new.site, new.enrolled); end;
 create trigger if not exists key_of_changed_member after update of signing_key on members begin
   insert or ignore into site_keys values(new.signing_key, new.site, new.enrolled); end;
-create table if not exists former_keys(
-  site text not null, curve_key blob not null, signing_key blob not null, until real not null);
 create table if not exists invites(
   token_key blob primary key, site text not null, created real not null, expires integer not null,
   used real, withdrawn real);
@@ -186,7 +184,6 @@ class Ledger:
         """Record a member under the token, which is used up from now on."""
         with self._transaction():
             self._run("update invites set used=? where token_key=?", now, token_key)
-            self._keep_former_keys(member.name, now)
             row = (member.name, member.curve_key, member.signing_key, now)
             self._run("insert or replace into members values(?,?,?,?,null)", *row)
             self._next_epoch()
@@ -198,9 +195,8 @@ class Ledger:
             is_member = "site=? and curve_key=? and signing_key=? and revoked is null"
             if not self._run(f"select 1 from members where {is_member}", *where).fetchall():  # noqa: S608 - our own words
                 return False
-            self._keep_former_keys(old.name, now)
-            keys = (new.curve_key, new.signing_key)
-            self._run("update members set curve_key=?, signing_key=? where site=?", *keys, old.name)
+            row = (new.curve_key, new.signing_key, now, old.name)
+            self._run("update members set curve_key=?, signing_key=?, enrolled=? where site=?", *row)
             self._next_epoch()
         return True
 
@@ -323,11 +319,6 @@ class Ledger:
         for number, packed in self._run("select number, packed from records order by number desc limit 1"):
             return number + 1, record_id(packed)
         return 1, NO_RECORD
-
-    def _keep_former_keys(self, site: str, now: float) -> None:
-        """Remember the keys that are about to be replaced: a site's earlier results are signed by them."""
-        columns = "site, curve_key, signing_key"
-        self._run(f"insert into former_keys select {columns}, ? from members where site=?", now, site)  # noqa: S608 - our own words
 
     def _next_epoch(self) -> None:
         epoch = int(self.fact("epoch") or b"0") + 1

@@ -256,8 +256,6 @@ def test_keys_that_were_replaced_are_remembered(desk: Desk) -> None:
     newer = desk.invite(now=NOW + 2)
     desk.ask(newer, request(newer, b"3"), NOW + 3)
 
-    rows = desk.enrolment.ledger._run("select site, signing_key, until from former_keys order by until").fetchall()
-    assert rows == [
-        ("hospital_a", signing_keys(b"1" * 32).public, NOW + 1),
-        ("hospital_a", signing_keys(b"2" * 32).public, NOW + 3),
-    ]
+    rows = desk.enrolment.ledger._run("select site, signing_key from site_keys order by since").fetchall()
+    assert rows[:2] == [("hospital_a", signing_keys(b"1" * 32).public), ("hospital_a", signing_keys(b"2" * 32).public)]
+    assert len(rows) == 3
