@@ -7,7 +7,8 @@ elements, heads first: bank products then run over all rows of a head, and the b
     backward  dS = P / sum P (dout [v ; bank_v]^T - delta),
               delta = sum_d dout out - dlse, or sum P (dout v^T) / sum P - dlse of each softmax where gated
 
-Small weights are kept for the backward pass, others made again from the log-sum-exp. Differentiable once.
+Small weights are kept for the backward pass, others made again from the log-sum-exp. What keeps none, inference above
+all, goes forward by PyTorch's fused attention where there is one (`fused`). Differentiable once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedoap.kernels.dca import fused
 from fedoap.kernels.dca.problem import Gradients, Problem, Wanted, dense_like, unfilled_gradients
 
 CPU_WEIGHTS, GPU_WEIGHTS = 2**21, 2**26
@@ -127,17 +129,21 @@ class _Context(Protocol):
 
 def _forward(problem: Problem, kept: list[_Weights] | None) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp (S, B, H, N) of the S softmaxes; append the weights to `kept`."""
+    if kept is None and fused.suits(problem):
+        return fused.forward(problem)
     out = dense_like(problem.q)
     lse = out.new_empty((1 if problem.gate is None else 2, *out.shape[:3]), dtype=problem.wide)
     for part in _parts(problem):
         local, bank = _logits(part)
         total, sums = _exponentiate(local, bank) if part.gate is None else _exponentiate(local)
         part.of(lse[0]).copy_(sums)
-        bank_total, bank_mean = total, _times(bank, part.bank_v)
+        bank_total = total
         if part.gate is not None:
             bank_total, sums = _exponentiate(bank)
             part.of(lse[1]).copy_(sums)
-            bank_mean = _times(bank, part.bank_v).mul_(part.gate * total / bank_total)
+        bank_mean = _times(bank, part.bank_v)
+        if part.gate is not None:
+            bank_mean.mul_(part.gate * total / bank_total)
         part.of(out).copy_(_times(local, part.v).add_(bank_mean).div_(total))
         if kept is not None:
             kept.append(_Weights(local, bank, total, bank_total))
