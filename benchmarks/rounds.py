@@ -4,9 +4,9 @@
 
 The worker is the one of `peer/standin.py`: a site sends back what it got, plus a change that its number fixes.
 Prints, over the training rounds: seconds from the announcement of a round to that of the next, the same without
-the slowest site's worker, the peak resident memory of the coordinator (all its processes together) and of the
-largest node daemon (without its worker), and the bytes that travelled. Everything is on loopback, in a
-temporary folder, and is ended by its process number.
+the slowest site's worker, processor time by role, the peak resident memory of the coordinator (all its processes
+together) and of the largest node daemon (without its worker), and the bytes that travelled. Everything is on
+loopback, in a temporary folder, and is ended by its process number.
 """
 
 import argparse
@@ -22,8 +22,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from fedoap.tensors import BlobManifest, Dtype, as_float32, write_blob
 
 TENSORS = 60
 Row = dict[str, str | int | float]
+Times = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,14 @@ class Figures:
     """Median of the time outside the slowest site's worker."""
     outside_seconds_worst: float
     cpu_seconds: float
-    """Median of the processor time of all daemons in a round, workers left out: what a busy machine cannot hide."""
+    """Median of the processor time of everybody in a round, workers too: what a busy machine cannot hide.
+    The four that follow are its parts; the coordinator's is without its aggregation process."""
+    cpu_coordinator: float
+    cpu_aggregator: float
+    cpu_nodes: float
+    cpu_workers: float
+    cpu_system: float
+    """What of `cpu_seconds` the kernel used."""
     coordinator_peak_mb: float
     node_peak_mb: float
     mb_a_round: float
@@ -83,6 +92,26 @@ class Trial:
         return int(self.mb * 1e6) // 4
 
 
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """Processor seconds by role, and what of all that the kernel used."""
+
+    coordinator: float
+    aggregator: float
+    nodes: float
+    workers: float
+    system: float
+
+    def __sub__(self, other: "Cpu") -> "Cpu":
+        """Return what was used since."""
+        return Cpu(*(mine - before for mine, before in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def whole(self) -> float:
+        """Of all roles together."""
+        return self.coordinator + self.aggregator + self.nodes + self.workers
+
+
 @dataclass
 class Watch:
     """Samples resident memory ten times a second while the daemons run."""
@@ -91,7 +120,7 @@ class Watch:
     nodes: list[psutil.Process]
     coordinator_peak: int = 0
     node_peak: int = 0
-    cpu: list[tuple[float, float]] = field(default_factory=list)
+    cpu: list[tuple[float, Cpu]] = field(default_factory=list)
     """Unix time, and processor seconds used up to then."""
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -101,12 +130,20 @@ class Watch:
             together = [self.coordinator, *_children(self.coordinator)]
             self.coordinator_peak = max(self.coordinator_peak, sum(map(_resident, together)))
             self.node_peak = max([self.node_peak, *map(_resident, self.nodes)])
-            used = _cpu(self.coordinator, children=True) + sum(_cpu(node, children=False) for node in self.nodes)
-            self.cpu.append((time.time(), used))
+            self.cpu.append((time.time(), self._used()))
 
-    def cpu_until(self, moment: float) -> float:
-        """Return the processor seconds used up to a moment, as of the last sample before it."""
-        return max((used for when, used in self.cpu if when <= moment), default=0.0)
+    def cpu_between(self, begin: float, end: float) -> Cpu:
+        """Return the processor seconds used between two moments, as of the last samples before them."""
+        before, after = (
+            max((one for one in self.cpu if one[0] <= moment), default=self.cpu[0]) for moment in (begin, end)
+        )
+        return after[1] - before[1]
+
+    def _used(self) -> Cpu:
+        coordinator, aggregator = _times(self.coordinator), _children_times(self.coordinator)
+        nodes, workers = _sum(map(_times, self.nodes)), _sum(map(_children_times, self.nodes))
+        system = sum(part[1] for part in (coordinator, aggregator, nodes, workers))
+        return Cpu(sum(coordinator), sum(aggregator), sum(nodes), sum(workers), system)
 
 
 def main() -> None:
@@ -159,7 +196,7 @@ def _figures(trial: Trial, watch: Watch) -> Figures:
         begin = opened["train", number]
         end = opened[("train", number + 1) if number < trial.rounds else ("calibrate", trial.rounds + 1)]
         whole.append(end - begin)
-        cpu.append(watch.cpu_until(end) - watch.cpu_until(begin))
+        cpu.append(watch.cpu_between(begin, end))
         outside.append(end - begin - max(_worker_seconds(trial, name, number) for name in trial.names))
     return Figures(
         mb=trial.mb,
@@ -171,7 +208,12 @@ def _figures(trial: Trial, watch: Watch) -> Figures:
         round_seconds_worst=max(whole),
         outside_seconds=statistics.median(outside),
         outside_seconds_worst=max(outside),
-        cpu_seconds=statistics.median(cpu),
+        cpu_seconds=statistics.median(one.whole for one in cpu),
+        cpu_coordinator=statistics.median(one.coordinator for one in cpu),
+        cpu_aggregator=statistics.median(one.aggregator for one in cpu),
+        cpu_nodes=statistics.median(one.nodes for one in cpu),
+        cpu_workers=statistics.median(one.workers for one in cpu),
+        cpu_system=statistics.median(one.system for one in cpu),
         coordinator_peak_mb=watch.coordinator_peak / 1e6,
         node_peak_mb=watch.node_peak / 1e6,
         mb_a_round=trial.mb * (1 if trial.dtype == "float32" else 0.5) * 2 * len(trial.names),
@@ -263,13 +305,29 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _cpu(process: psutil.Process, *, children: bool) -> float:
+def _times(process: psutil.Process) -> Times:
+    """Return the seconds that a process itself used, in user mode and in the kernel."""
     try:
         spent = process.cpu_times()
     except psutil.NoSuchProcess:
-        return 0.0
-    own = spent.user + spent.system
-    return float(own + spent.children_user + spent.children_system if children else own)
+        return 0.0, 0.0
+    return spent.user, spent.system
+
+
+def _children_times(process: psutil.Process) -> Times:
+    """Return the seconds that all its children used, those that live and those that it has buried."""
+    living = [process, *_children(process)]
+    try:
+        buried = [one.cpu_times() for one in living]
+    except psutil.NoSuchProcess:  # one ended just now: the next sample counts it
+        return _children_times(process) if process.is_running() else (0.0, 0.0)
+    own = _sum([_times(one) for one in living[1:]])
+    return own[0] + sum(one.children_user for one in buried), own[1] + sum(one.children_system for one in buried)
+
+
+def _sum(times: Iterable[Times]) -> Times:
+    pairs = list(times)
+    return sum(user for user, _ in pairs), sum(system for _, system in pairs)
 
 
 def _append(path: Path, figures: Figures) -> None:
