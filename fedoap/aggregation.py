@@ -8,10 +8,11 @@ whatever the slices are, so the bits of the result depend only on the set of upd
 have no mean: a model with an int64 tensor is refused.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,14 +22,24 @@ from numpy.typing import NDArray
 
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
-from fedoap.messages import CHUNK_BYTES
 from fedoap.robust import median, outlier, trimmed_mean
 from fedoap.seal import SealedFile
-from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec, UploadManifest, as_float32, bfloat16_bits
+from fedoap.tensors import (
+    ITEM_BYTES,
+    BlobManifest,
+    ChunkHashes,
+    Dtype,
+    TensorSpec,
+    UploadManifest,
+    as_float32,
+    begin_write_back,
+    bfloat16_bits,
+    write_all,
+)
 
-SLICE_VALUES = 1 << 19
-"""Values of a tensor that are in memory at once: 4 MiB as float64."""
-MATRIX_SLICES = 4
+SLICE_VALUES = 1 << 18
+"""Values that are in memory at once: a chunk of float32, 2 MiB as float64."""
+MATRIX_SLICES = 8
 """So many slices of float32 values hold those of all sites together, for rules that sort them: 8 MiB."""
 
 
@@ -56,22 +67,25 @@ def merge_models(
     sources = {manifest.site: _Source(path, manifest.blob) for path, manifest in ordered}
     old = _Source(*base)
     if strategy.max_norm_ratio is not None:
-        _check_distances(_distances(sources, old, base[1]), strategy.max_norm_ratio)
+        _check_distances(_distances(sources, old), strategy.max_norm_ratio)
     weighted = [(sources[manifest.site], site_weight(manifest, strategy)) for _, manifest in ordered]
     rate = strategy.server_learning_rate
-    values = slice_values if strategy.rule == "mean" else max(1, MATRIX_SLICES * slice_values // len(sources))
     with BlobWriter(output) as writer:
-        for index, spec in enumerate(base[1].tensors):
+        for spec in base[1].tensors:
             writer.begin(TensorSpec(spec.name, "float32", spec.shape))
-            for start, stop in _slices(spec, values):
-                match strategy.rule:
-                    case "mean":
-                        mean = _mean(weighted, index, start, stop)
-                    case "median":
-                        mean = median(_rows(weighted, index, start, stop))
-                    case "trimmed_mean":
-                        mean = trimmed_mean(_rows(weighted, index, start, stop), strategy.trimmed(len(weighted)))
-                writer.write(_step(old.read(index, start, stop), mean, rate, spec.name))
+        for start, stop in _slices(old.values, _slice_values(strategy, len(sources), slice_values)):
+            match strategy.rule:
+                case "mean":
+                    mean = _mean(weighted, start, stop)
+                case "median":
+                    mean = median(_rows(weighted, start, stop))
+                case "trimmed_mean":
+                    mean = trimmed_mean(_rows(weighted, start, stop), strategy.trimmed(len(weighted)))
+            new = _step(old, start, stop, mean, rate)
+            finite = np.isfinite(new)
+            if not finite.all():
+                raise TensorsError(f"{old.name(start + int(np.argmin(finite)))}: the updates' mean is not finite")
+            writer.write(new)
     return writer.manifest
 
 
@@ -90,14 +104,17 @@ def convert(path: Path | SealedFile, manifest: BlobManifest, output: Path, dtype
         raise TensorsError(f"{path}: floats cannot be converted to int64")
     source = _Source(path, manifest)
     with BlobWriter(output) as writer:
-        for index, spec in enumerate(manifest.tensors):
+        first = 0
+        for spec in manifest.tensors:
             kind = spec.dtype if spec.dtype == "int64" else dtype
             writer.begin(TensorSpec(spec.name, kind, spec.shape))
-            for start, stop in _slices(spec, SLICE_VALUES):
+            count = spec.size // ITEM_BYTES[spec.dtype]
+            for start, stop in _slices(count, SLICE_VALUES, first):
                 if kind == "int64":
-                    writer.write_raw(source.raw(index, start, stop))
+                    writer.write_raw(source.raw(start, stop))
                 else:
-                    writer.write(source.read(index, start, stop))
+                    writer.write(source.read(start, stop))
+            first += count
     return writer.manifest
 
 
@@ -109,11 +126,10 @@ class BlobWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=0)
         self._specs: list[TensorSpec] = []
-        self._hashes: list[bytes] = []
-        self._hash = hashlib.sha256()
-        self._filled = 0
+        self._hashes = ChunkHashes()
+        self._written = 0
 
     def begin(self, spec: TensorSpec) -> None:
         """Say what the next bytes are."""
@@ -123,25 +139,20 @@ class BlobWriter:
     def write(self, values: NDArray[np.float32]) -> None:
         """Append values in the current tensor's dtype."""
         narrow = self._specs[-1].dtype == "bfloat16"
-        self.write_raw(bfloat16_bits(values).tobytes() if narrow else values.astype("<f4", copy=False).tobytes())
+        raw = bfloat16_bits(values) if narrow else np.ascontiguousarray(values, "<f4")
+        self.write_raw(raw.view(np.uint8).data)
 
     def write_raw(self, data: bytes | memoryview) -> None:
         """Append bytes."""
-        self._file.write(data)
-        view = memoryview(data)
-        while view:
-            piece = view[: CHUNK_BYTES - self._filled]
-            self._hash.update(piece)
-            self._filled += len(piece)
-            view = view[len(piece) :]
-            if self._filled == CHUNK_BYTES:
-                self._end_chunk()
+        self._hashes.add(data)
+        write_all(self._file, data)
+        self._written = begin_write_back(self._file.fileno(), self._written, self._written + len(data))
 
     @property
     def manifest(self) -> BlobManifest:
         """The manifest of what was written."""
         assert self._file.closed
-        return BlobManifest(tuple(self._specs), b"".join(self._hashes))
+        return BlobManifest(tuple(self._specs), self._hashes.all())
 
     def __enter__(self) -> Self:
         return self
@@ -152,41 +163,78 @@ class BlobWriter:
         self._file.close()
         if kind is not None:
             self._path.unlink(missing_ok=True)
-        elif self._filled:
-            self._end_chunk()
-
-    def _end_chunk(self) -> None:
-        self._hashes.append(self._hash.digest())
-        self._hash = hashlib.sha256()
-        self._filled = 0
 
 
 class _Source:
-    """A blob on disk that is read in pieces; no descriptor stays open, however many sites there are."""
+    """A blob on disk that is read in pieces; no descriptor stays open, however many sites there are.
+
+    Values go by their number over all tensors, in the order of the blob: a piece need not end with a tensor,
+    so that pieces can begin where sealed chunks do, and each chunk is opened once.
+    """
 
     def __init__(self, path: Path | SealedFile, manifest: BlobManifest) -> None:
         if isinstance(path, Path) and path.stat().st_size != manifest.size:
             size = path.stat().st_size
             raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.size}")
-        self._path = path
-        self._tensors = list(manifest.offsets())
+        self._path, self._manifest = path, manifest
+        self._runs = _runs(manifest)
 
-    def read(self, index: int, start: int, stop: int) -> NDArray[np.float32]:
-        """Return values [start, stop) of a float tensor."""
-        return as_float32(self.raw(index, start, stop), self._tensors[index][0].dtype)
+    @property
+    def values(self) -> int:
+        """How many there are."""
+        return self._runs[-1].stop if self._runs else 0
 
-    def raw(self, index: int, start: int, stop: int) -> bytes:
-        """Return the bytes of values [start, stop) of a tensor."""
-        spec, at = self._tensors[index]
-        item = ITEM_BYTES[spec.dtype]
-        wanted = (stop - start) * item
+    def name(self, value: int) -> str:
+        """Return the name of the tensor that holds a value."""
+        for spec in self._manifest.tensors:
+            value -= spec.size // ITEM_BYTES[spec.dtype]
+            if value < 0:
+                return spec.name
+        raise AssertionError(value)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return values [start, stop), which are floats."""
+        pieces = [as_float32(raw, dtype) for raw, dtype in self._pieces(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def raw(self, start: int, stop: int) -> bytes:
+        """Return the bytes of values [start, stop)."""
+        return b"".join(raw for raw, _ in self._pieces(start, stop))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[bytes, Dtype]]:
+        for run in self._runs:
+            low, high = max(start, run.start), min(stop, run.stop)
+            if low < high:
+                item = ITEM_BYTES[run.dtype]
+                yield self._bytes(run.at + (low - run.start) * item, (high - low) * item), run.dtype
+
+    def _bytes(self, at: int, wanted: int) -> bytes:
         if isinstance(self._path, SealedFile):
-            return self._path.read(at + start * item, wanted)
+            return self._path.read(at, wanted)
         with self._path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), wanted, at + start * item)
+            data = os.pread(file.fileno(), wanted, at)
         if len(data) != wanted:
-            raise TensorsError(f"{self._path}: {spec.name} ends early, but its size was right a moment ago")
+            raise TensorsError(f"{self._path}: ends before byte {at + wanted}, but its size was right a moment ago")
         return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Values [start, stop) of neighbouring tensors of one dtype, and the byte at which they begin."""
+
+    start: int
+    stop: int
+    dtype: Dtype
+    at: int
+
+
+def _runs(manifest: BlobManifest) -> list[_Run]:
+    runs, value, at = [], 0, 0
+    for dtype, specs in groupby(manifest.tensors, key=lambda spec: spec.dtype):
+        size = sum(spec.size for spec in specs)
+        runs.append(_Run(value, value + size // ITEM_BYTES[dtype], dtype, at))
+        value, at = runs[-1].stop, at + size
+    return runs
 
 
 def _check_updates(updates: Sequence[tuple[Path | SealedFile, UploadManifest]], path: Path, base: BlobManifest) -> None:
@@ -208,37 +256,45 @@ def _check_updates(updates: Sequence[tuple[Path | SealedFile, UploadManifest]], 
             raise UpdateError(manifest.site, f"its update counts {manifest.cases} cases, but must count some")
 
 
-def _slices(spec: TensorSpec, values: int) -> Iterator[tuple[int, int]]:
-    total = spec.size // ITEM_BYTES[spec.dtype]
-    return ((start, min(start + values, total)) for start in range(0, total, values))
+def _slices(count: int, values: int, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) for so many values from the first on."""
+    end = first + count
+    return ((start, min(start + values, end)) for start in range(first, end, values))
 
 
-def _mean(sources: Sequence[tuple[_Source, float]], index: int, start: int, stop: int) -> NDArray[np.float64]:
+def _slice_values(strategy: StrategyConfig, sites: int, values: int) -> int:
+    """Return how many values are looked at together, whole slices where there is room for one of each site."""
+    if strategy.rule == "mean":
+        return values
+    together = max(1, MATRIX_SLICES * values // sites)
+    return max(together - together % values, min(together, values))
+
+
+def _mean(sources: Sequence[tuple[_Source, float]], start: int, stop: int) -> NDArray[np.float64]:
     total = np.zeros(stop - start)
     term = np.empty_like(total)
     for source, weight in sources:
-        np.multiply(source.read(index, start, stop), weight, out=term)
+        np.multiply(source.read(start, stop), weight, out=term)
         total += term
     total /= sum(weight for _, weight in sources)
     return total
 
 
-def _rows(sources: Sequence[tuple[_Source, float]], index: int, start: int, stop: int) -> NDArray[np.float32]:
+def _rows(sources: Sequence[tuple[_Source, float]], start: int, stop: int) -> NDArray[np.float32]:
     rows = np.empty((len(sources), stop - start), np.float32)
     for row, (source, _) in zip(rows, sources, strict=True):
-        row[:] = source.read(index, start, stop)
+        row[:] = source.read(start, stop)
     return rows
 
 
-def _distances(sources: Mapping[str, _Source], old: _Source, base: BlobManifest) -> dict[str, float]:
+def _distances(sources: Mapping[str, _Source], old: _Source) -> dict[str, float]:
     """Return each site's L2 distance from the base over all that is shared, in one pass over every file."""
     squares = dict.fromkeys(sources, 0.0)
-    for index, spec in enumerate(base.tensors):
-        for start, stop in _slices(spec, SLICE_VALUES):
-            before = old.read(index, start, stop).astype(np.float64)
-            for site, source in sources.items():
-                change = source.read(index, start, stop) - before
-                squares[site] += float(np.square(change, out=change).sum())
+    for start, stop in _slices(old.values, SLICE_VALUES):
+        before = old.read(start, stop).astype(np.float64)
+        for site, source in sources.items():
+            change = source.read(start, stop) - before
+            squares[site] += float(np.square(change, out=change).sum())
     return {site: math.sqrt(square) for site, square in squares.items()}
 
 
@@ -253,12 +309,9 @@ def _check_distances(distances: Mapping[str, float], ratio: float) -> None:
         )
 
 
-def _step(base: NDArray[np.float32], mean: NDArray[np.float64], rate: float, name: str) -> NDArray[np.float32]:
-    mean *= rate
-    if rate != 1.0:
-        mean += (1.0 - rate) * base.astype(np.float64)
+def _step(base: _Source, start: int, stop: int, mean: NDArray[np.float64], rate: float) -> NDArray[np.float32]:
+    if rate != 1.0:  # else the base does not count, and need not be read
+        mean *= rate
+        mean += (1.0 - rate) * base.read(start, stop).astype(np.float64)
     with np.errstate(over="ignore"):
-        new = mean.astype(np.float32)
-    if not np.isfinite(new).all():
-        raise TensorsError(f"{name}: the updates' mean is not finite")
-    return new
+        return mean.astype(np.float32)

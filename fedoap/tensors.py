@@ -8,6 +8,7 @@ name, so a name fixes every byte. Nothing here knows torch: bfloat16 is `uint16`
 import hashlib
 import io
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,8 @@ from fedoap.messages import CHUNK_BYTES
 
 MANIFEST_VERSION = 1
 HASH_BYTES = 32
+WRITE_BACK_BYTES = 8 << 20
+"""After so many bytes a file that is to be durable begins to go to the disk."""
 NO_KEY = bytes(32)
 """Stands for no X25519 key: no secret agrees with it on anything, so nothing can be sealed for it."""
 Dtype: TypeAlias = Literal["float32", "bfloat16", "int64"]
@@ -253,23 +256,69 @@ def as_float32(raw: bytes | memoryview, dtype: Dtype) -> NDArray[np.float32]:
     return np.frombuffer(raw, "<f4")
 
 
+class ChunkHashes:
+    """The SHA-256 of each chunk of a blob whose bytes come by in order, in pieces of any length."""
+
+    __slots__ = ("_filled", "_hash", "_hashes")
+
+    def __init__(self) -> None:
+        self._hashes: list[bytes] = []
+        self._hash, self._filled = hashlib.sha256(), 0
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Count the next bytes in."""
+        view = memoryview(data)
+        while view:
+            piece = view[: CHUNK_BYTES - self._filled]
+            self._hash.update(piece)
+            self._filled += len(piece)
+            view = view[len(piece) :]
+            if self._filled == CHUNK_BYTES:
+                self._end()
+
+    def all(self) -> bytes:
+        """Return the hashes, one after the other; the last chunk ends here."""
+        if self._filled:
+            self._end()
+        return b"".join(self._hashes)
+
+    def _end(self) -> None:
+        self._hashes.append(self._hash.digest())
+        self._hash, self._filled = hashlib.sha256(), 0
+
+
 def write_blob(path: Path, tensors: Mapping[str, NDArray[np.generic]], dtype: Dtype = "float32") -> BlobManifest:
     """Write tensors to a blob file, floats as `dtype`, integers as int64, and return its manifest."""
-    specs, hashes, pending = [], [], bytearray()
-    with path.open("wb") as file:
+    specs, hashes, written = [], ChunkHashes(), 0
+    with path.open("wb", buffering=0) as file:
         for name in sorted(tensors):
             array = np.asarray(tensors[name])
             kind: Dtype = dtype if np.issubdtype(array.dtype, np.floating) else "int64"
             specs.append(TensorSpec(name, kind, array.shape))
-            pending += _raw(array, kind)
-            while len(pending) >= CHUNK_BYTES:
-                hashes.append(hashlib.sha256(pending[:CHUNK_BYTES]).digest())
-                file.write(pending[:CHUNK_BYTES])
-                del pending[:CHUNK_BYTES]
-        if pending:
-            hashes.append(hashlib.sha256(pending).digest())
-            file.write(pending)
-    return BlobManifest(tuple(specs), b"".join(hashes))
+            for piece in _raw_pieces(array, kind):
+                hashes.add(piece)  # written right after: it is still in the processor's cache
+                write_all(file, piece)
+                written = begin_write_back(file.fileno(), written, written + len(piece))
+    return BlobManifest(tuple(specs), hashes.all())
+
+
+def write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+    """Write all of the data to an unbuffered file, which may take it in parts."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def begin_write_back(descriptor: int, before: int, now: int) -> int:
+    """Let the disk begin with what was written between two offsets, at whole `WRITE_BACK_BYTES`, and return the second.
+
+    Pages that are not on the disk yet cannot be dropped, so this advice only starts to write them, and the sync at
+    the end, for which everything waits, has little left to do.
+    """
+    first, last = (offset - offset % WRITE_BACK_BYTES for offset in (before, now))
+    if last > first:
+        os.posix_fadvise(descriptor, first, last - first, os.POSIX_FADV_DONTNEED)
+    return now
 
 
 def read_blob(path: Path, manifest: BlobManifest) -> dict[str, NDArray[np.generic]]:
@@ -299,11 +348,18 @@ def _tensors(read: Callable[[int], bytes], manifest: BlobManifest) -> dict[str, 
     return tensors
 
 
-def _raw(array: NDArray[np.generic], dtype: Dtype) -> bytes:
-    if dtype == "int64":
-        return array.astype("<i8").tobytes()
-    values = array.astype("<f4")
-    return bfloat16_bits(values).tobytes() if dtype == "bfloat16" else values.tobytes()
+def _raw_pieces(array: NDArray[np.generic], dtype: Dtype) -> Iterator[memoryview]:
+    """Yield a tensor's bytes, little-endian and in C order; what has that form already is not copied."""
+    flat = array.reshape(-1)
+    step = CHUNK_BYTES // ITEM_BYTES[dtype]
+    for start in range(0, len(flat), step):
+        piece = flat[start : start + step]
+        if dtype == "int64":
+            raw: NDArray[np.generic] = piece.astype("<i8", copy=False)
+        else:
+            values = piece.astype("<f4", copy=False)
+            raw = bfloat16_bits(values) if dtype == "bfloat16" else values
+        yield np.ascontiguousarray(raw).view(np.uint8).data
 
 
 def _spec(row: object) -> TensorSpec:

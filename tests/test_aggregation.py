@@ -1,6 +1,7 @@
 import hashlib
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from fedoap.aggregation import convert, merge_models
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError
 from fedoap.messages import CHUNK_BYTES
+from fedoap.seal import Seal, SealedFile, public_half
 from fedoap.tensors import BlobManifest, Dtype, UploadManifest, read_blob, write_blob
 
 UNIFORM = StrategyConfig(weighting="uniform")
@@ -136,6 +138,28 @@ def test_memory_grows_neither_with_the_model_nor_with_the_sites(tmp_path: Path) 
     tracemalloc.stop()
 
     assert peak < 32e6
+
+
+def test_each_chunk_of_a_sealed_update_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bug: slices that begin with each tensor."""
+    tensors = {f"w{k}": np.full(300_000, k) for k in range(4)}
+    base = blob(tmp_path / "base", tensors)
+    (path, plain), exchange, site = update(tmp_path, "a", tensors), b"e" * 32, b"s" * 32
+    manifest = replace(plain, seal_key=public_half(site))
+    seal, raw = Seal.of_site(manifest, site, public_half(exchange)), path.read_bytes()
+    starts = range(0, len(raw), CHUNK_BYTES)
+    path.write_bytes(b"".join(seal.close(at, raw[at : at + CHUNK_BYTES]) for at in starts))
+    opened, really_open = list[int](), Seal.open
+
+    def count(seal: Seal, at: int, sealed: bytes | memoryview) -> bytes:
+        opened.append(at)
+        return really_open(seal, at, sealed)
+
+    monkeypatch.setattr(Seal, "open", count)
+    merged = merge_models([(SealedFile(path, manifest, exchange), manifest)], base, UNIFORM, tmp_path / "out")
+
+    assert opened == list(starts)
+    assert merged == base[1]
 
 
 def test_an_update_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

@@ -242,7 +242,9 @@ def test_a_result_that_the_uploads_do_not_make_is_found_although_all_is_signed(
     """Planted bug: no recomputation. Whoever has the federation's key can sign a model that nobody trained."""
     ran = Ran(config_of(tmp_path))
     ran.exchange("init", 0)
-    monkeypatch.setattr("fedoap.aggregation._step", lambda _base, mean, _rate, _name: (mean * 1.0001).astype("<f4"))
+    monkeypatch.setattr(
+        "fedoap.aggregation._step", lambda _base, _start, _stop, mean, _rate: (mean * 1.0001).astype("<f4")
+    )
     ran.exchange("train", 1)
     monkeypatch.undo()
     ran.close_files()
