@@ -20,6 +20,7 @@ from fedoap.bank import merge_bank
 from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.fields import Frozen
+from fedoap.heap import keep_freed_memory
 from fedoap.seal import SealedFile
 from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
 
@@ -132,6 +133,7 @@ def serve(jobs: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         serve(sys.stdin)
     except (FedoapError, OSError, ValidationError) as error:

@@ -18,6 +18,7 @@ from rich.console import Console as Terminal
 from fedoap import __version__
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError, DiskError, FedoapError, StorageError
+from fedoap.heap import keep_freed_memory
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Note
 from fedoap_coordinator.blobs import Blobs
@@ -47,6 +48,7 @@ def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: boo
         FedoapError: something that the operator can set right; nothing that a site was told is lost. A
             `DiskError` may be over by the next start.
     """
+    keep_freed_memory()
     state = config.coordinator.state
     keys = prepare(state)
     with sole_owner(state), open_ledger(config) as ledger, Journal(state / "log.jsonl", time.time) as journal:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 import fedoap
 from fedoap.config import Modality, ModelRecord, load_site
 from fedoap.errors import DiskError, FedoapError, StorageError
+from fedoap.heap import keep_freed_memory
 from fedoap.identity import fingerprint
 from fedoap.sitefolder import SiteFolder, find_site
 from fedoap_node.daemon import Node
@@ -142,6 +143,7 @@ def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
         FedoapError: something that the site's operator can set right.
     """
     os.umask(0o077)
+    keep_freed_memory()
     config = load_site(folder.config)
     check_data(config, folder)
     member = Membership.read(folder)
