@@ -17,7 +17,8 @@ from fedoap.identity import ROUND_CONTEXT, is_signed
 from fedoap.tensors import HASH_BYTES, TaskKind
 
 RECORD_VERSION = 1
-Outcome: TypeAlias = Literal["done", "abandoned"]
+Outcome: TypeAlias = Literal["done", "abandoned", "unattended"]
+"""`abandoned`: the attempt failed. `unattended`: nothing failed, but sites that were needed fell silent."""
 NO_RECORD = bytes(HASH_BYTES)
 """Stands before the first record."""
 

@@ -224,7 +224,7 @@ class RoundsConfig(Frozen):
     silence_seconds: Positive = 60.0
     """A site that has not been heard for so long is not waited for, once there is a quorum."""
     attempts: Annotated[int, Field(ge=1)] = 5
-    """So many attempts at one round without a quorum end the run."""
+    """So many failed attempts at one round end the run; one that ended because sites were silent is none."""
 
 
 class RetentionConfig(Frozen):

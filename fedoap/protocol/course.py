@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from fedoap.config import Plan
 from fedoap.protocol.history import ClosedExchange
@@ -41,11 +42,11 @@ def due(steps: Sequence[Step], closed: Sequence[ClosedExchange]) -> Step | None:
     return steps[done] if done < len(steps) else None
 
 
-def attempts(closed: Sequence[ClosedExchange]) -> int:
-    """Return how often the step that is due was tried in vain."""
-    vain = 0
-    for one in reversed(closed):
-        if one.outcome == "done":
-            break
-        vain += 1
-    return vain
+def attempts(closed: Sequence[ClosedExchange]) -> tuple[ClosedExchange, ...]:
+    """Return the attempts at the step that is due, all of them in vain, in order."""
+    return tuple(takewhile(lambda one: one.outcome != "done", reversed(closed)))[::-1]
+
+
+def failures(closed: Sequence[ClosedExchange]) -> tuple[ClosedExchange, ...]:
+    """Return those attempts that failed: one that sites left by falling silent may well be done on their return."""
+    return tuple(one for one in attempts(closed) if one.outcome == "abandoned")

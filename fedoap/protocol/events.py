@@ -8,6 +8,7 @@ A daemon carries out effects in the order given; what takes long or may fail rep
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from fedoap.chain import Outcome
 from fedoap.identity import Roster
 from fedoap.messages import FromCoordinator, FromSite, RefusalCode
 from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest, UploadManifest
@@ -207,7 +208,7 @@ class RecordClosed:
     """Write down how a task ended and which uploads counted, before the next one is announced."""
 
     task: bytes
-    outcome: Literal["done", "abandoned"]
+    outcome: Outcome
     counted: tuple[bytes, ...]
     result: BlobManifest | None
     reason: str = ""

@@ -4,12 +4,13 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from fedoap.chain import Outcome
 from fedoap.protocol.course import Step
 from fedoap.protocol.events import Update
 from fedoap.protocol.history import OpenExchange
 from fedoap.tensors import TaskManifest
 
-Outcome: TypeAlias = Literal["open", "done", "abandoned"]
+Standing: TypeAlias = Outcome | Literal["open"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Tally:
         """The sites that may still commit."""
         return tuple(site for site in self.cohort if site not in self.committed and site not in self.failed)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Standing:
         """Return whether the exchange is over.
 
         >>> Tally(("a", "b", "c"), 2, committed={"a", "b"}).outcome()
@@ -40,6 +41,8 @@ class Tally:
         'done'
         >>> Tally(("a", "b", "c"), 2, committed={"a"}, failed={"b", "c"}).outcome()
         'abandoned'
+        >>> Tally(("a", "b", "c"), 2, committed={"a"}, silent={"b", "c"}, is_late=True).outcome()
+        'unattended'
         """
         enough = len(self.committed) >= self.quorum
         waited_for = [site for site in self.missing if site not in self.silent]
@@ -47,7 +50,10 @@ class Tally:
             return "done"
         hopeless = len(self.committed) + len(self.missing) < self.quorum
         moves = self.is_movable and not waited_for
-        return "abandoned" if self.is_late or hopeless or moves else "open"
+        if not (self.is_late or hopeless or moves):
+            return "open"
+        is_silence_alone = bool(self.missing) and not waited_for and not self.failed
+        return "unattended" if is_silence_alone else "abandoned"
 
 
 @dataclass(slots=True)
@@ -99,14 +105,15 @@ class Exchange:
         """Return how the cohort stands now."""
         committed = {update.site for update in self.counted(opened)}
         is_movable = self.manifest.kind == "init"
+        is_late = now >= self.deadline
         # silence decides nothing before there is a quorum, and asking after it takes time for each site
-        decides = len(committed) >= self.quorum or is_movable
+        decides = len(committed) >= self.quorum or is_movable or is_late
         return Tally(
             self.manifest.cohort,
             self.quorum,
             committed,
             self.failed.keys(),
             frozenset(filter(is_silent, self.missing(opened))) if decides else frozenset(),
-            is_late=now >= self.deadline,
+            is_late=is_late,
             is_movable=is_movable,
         )

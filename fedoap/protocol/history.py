@@ -8,8 +8,9 @@ history goes on exactly where the one before it ended.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
+from fedoap.chain import Outcome
 from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Update
 from fedoap.tensors import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 
@@ -26,7 +27,7 @@ class ClosedExchange:
     kind: TaskKind
     round: int
     attempt: int
-    outcome: Literal["done", "abandoned"]
+    outcome: Outcome
     counted: tuple[bytes, ...] = ()
     reason: str = ""
 

@@ -9,14 +9,14 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
 
+from fedoap.chain import Outcome
 from fedoap.config import FederationConfig
 from fedoap.errors import RefusedError
 from fedoap.identity import TASK_CONTEXT, Roster, sign
 from fedoap.messages import FromCoordinator, Idle, Progress, Task
 from fedoap.protocol.attendance import Attendance, Gathering
-from fedoap.protocol.course import Step, attempts, course, due
+from fedoap.protocol.course import Step, attempts, course, due, failures
 from fedoap.protocol.events import (
     Aggregate,
     AggregateFailed,
@@ -81,8 +81,9 @@ class Rounds:
         step, closed = self.step, self.history.closed
         if step is None:
             return Idle("finished", f"all {self.plan.rounds} rounds are done")
-        if self.exchange is None and attempts(closed) >= self.config.rounds.attempts:
-            vain = f"{step} failed {attempts(closed)} times, last because {closed[-1].reason}"
+        failed = failures(closed)
+        if self.exchange is None and len(failed) >= self.config.rounds.attempts:
+            vain = f"{step} failed {len(failed)} times, last because {failed[-1].reason}"
             return Idle("stopped", f"{vain}; raise rounds.attempts and restart to go on"[:MOST_TEXT])
         return None
 
@@ -234,8 +235,8 @@ class Rounds:
             case "done":
                 exchange.merging = exchange.counted(opened)
                 return [*self.uploads.clear(), *self._merge(exchange)]
-            case "abandoned":
-                return self._close("abandoned", None, self._why(exchange, tally))
+            case "abandoned" | "unattended" as outcome:
+                return self._close(outcome, None, self._why(exchange, tally))
 
     def _open_next(self) -> Effects:
         expected = [site for site in self.config.sites if site not in self.revoked]
@@ -254,7 +255,7 @@ class Rounds:
         return [record, Note("task_opened", fields), *self._tell(manifest.cohort, Task(task, signature), packed)]
 
     def _manifest(self) -> TaskManifest:
-        step, live, vain = self.step, self.live, attempts(self.history.closed)
+        step, live, vain = self.step, self.live, len(attempts(self.history.closed))
         assert step is not None
         cohort = (live[vain % len(live)],) if step.kind == "init" else live
         model, bank = (None, None) if step.kind == "init" else (self.history.model, self.history.bank)
@@ -274,7 +275,7 @@ class Rounds:
         is_due = exchange.merge_again_at is not None and self.now >= exchange.merge_again_at
         return self._merge(exchange) if is_due else []
 
-    def _close(self, outcome: Literal["done", "abandoned"], result: BlobManifest | None, reason: str = "") -> Effects:
+    def _close(self, outcome: Outcome, result: BlobManifest | None, reason: str = "") -> Effects:
         exchange = self.exchange
         assert exchange is not None
         counted = tuple(update.upload for update in exchange.merging or ()) if outcome == "done" else ()
@@ -305,7 +306,7 @@ class Rounds:
         return [Note("site_failed", {"site": site, "reason": reason}), *self.uploads.end(site, self.now)]
 
     def _pause_before_next(self) -> float:
-        vain, step = attempts(self.history.closed), self.step
+        vain, step = len(failures(self.history.closed)), self.step
         if step is not None and step.kind == "init":  # a site at a time: the next one may well be able to
             vain -= len(self.config.sites) - 1
         return ATTEMPT_PAUSES_SECONDS[min(vain, len(ATTEMPT_PAUSES_SECONDS)) - 1] if vain > 0 else 0.0

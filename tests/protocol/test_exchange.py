@@ -22,5 +22,8 @@ def test_a_round_closes_exactly_by_the_rules(quorum: int, states: dict[str, str]
 
     outcome = tally.outcome()
 
+    is_over_in_vain = committed < quorum and (is_late or possible < quorum)
+    nobody_failed = not of["failed"] and not awaited
     assert (outcome == "done") == (committed >= quorum and (is_late or not awaited))
-    assert (outcome == "abandoned") == (committed < quorum and (is_late or possible < quorum))
+    assert (outcome == "abandoned") == (is_over_in_vain and not nobody_failed)
+    assert (outcome == "unattended") == (is_over_in_vain and nobody_failed)

@@ -228,7 +228,7 @@ def test_a_deadline_without_a_quorum_starts_the_round_anew() -> None:
     desk.wait(601.0)
     desk.join("alpha", "beta", "gamma")
 
-    assert _closed(desk)[-1] == ("train", 1, 1, "abandoned")
+    assert _closed(desk)[-1] == ("train", 1, 1, "unattended")
     assert desk.task.attempt == 2
     assert desk.task.work == before.work
 
