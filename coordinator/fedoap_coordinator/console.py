@@ -6,7 +6,7 @@ Both say who is waited for, since when and until when.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Protocol
+from typing import Final, Protocol, cast, get_args
 
 from rich.console import Console as Terminal
 from rich.console import Group
@@ -14,17 +14,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedoap.protocol.course import Step, place
 from fedoap.protocol.events import Note
 from fedoap.protocol.status import SiteStatus, Status
+from fedoap.tensors import TaskKind
 
 SENTENCES: Final[Mapping[str, str]] = {
     "ready": "ready {endpoint}",
     "metrics": "metrics at http://{address}/metrics",
-    "task_opened": "round {round}: {kind} begins, attempt {attempt}",
-    "task_closed": "round {round}: {kind} {outcome} after {seconds:.1f} s, {counted} updates",
+    "task_opened": "{work} begins, attempt {attempt}",
+    "task_closed": "{work}: {outcome} after {seconds:.1f} s, {counted} updates",
     "site_joined": "{site} is here ({software})",
-    "site_progress": "{site}: round {round}, {stage} {step}/{steps}, loss {loss:.4f}",
-    "site_committed": "{site}: result of round {round} {kind} is safe, {bytes} bytes in {seconds:.1f} s",
+    "site_progress": "{site}: {work}{part}, step {step}/{steps}, loss {loss:.4f}",
+    "site_committed": "{site}: result of {work} is safe, {bytes} bytes in {seconds:.1f} s",
     "site_failed": "{site} failed: {reason}",
     "site_silent": "{site} has gone silent",
     "rotated": "{site} has new keys, the signing key is {key}",
@@ -64,10 +66,19 @@ def sentence(note: Note) -> str:
     pattern = SENTENCES.get(note.event)
     try:
         if pattern:
-            return pattern.format_map(note.fields) + _dice(note)
+            return pattern.format_map({**note.fields, **_work(note)}) + _dice(note)
     except (KeyError, ValueError):
         pass
     return " ".join([note.event, *(f"{name}={value}" for name, value in note.fields.items())])
+
+
+def _work(note: Note) -> dict[str, str]:
+    """Return what a note's work and its part are called, the part only where it is not all; nothing for other notes."""
+    kind, number, stage = (note.fields.get(name) for name in ("kind", "round", "stage"))
+    if kind not in get_args(TaskKind) or not isinstance(number, int):
+        return {}
+    part = "" if stage in (kind, None) else f" ({stage})"
+    return {"work": str(Step(cast(TaskKind, kind), number)), "part": part}
 
 
 def _dice(note: Note) -> str:
@@ -164,7 +175,7 @@ class TableConsole:
     def show(self, view: View) -> None:
         """Draw the table anew."""
         status = view.status
-        head = f"round {status.round}/{status.rounds}  {status.kind or ''}  {status.state}"
+        head = f"{place(status.kind, status.round, status.rounds)}  {status.kind or ''}  {status.state}"
         table = Table(title=head, title_justify="left", expand=False)
         for name in ("site", "state", "stage", "step", "loss", "Dice", "MB/s", "left", "heard"):
             table.add_column(name, justify="left" if name in ("site", "state", "stage") else "right")

@@ -127,7 +127,12 @@ def _families(figures: Figures) -> Iterator[tuple[str, str, str, Samples]]:
     status, none = figures.status, dict[str, str]()
     yield "info", "gauge", "Version of the coordinator's software.", [({"version": __version__}, 1)]
     yield "run_state", "gauge", "1 for the state of the run.", _one_of(get_args(RunState), status.state)
-    yield "round", "gauge", "Round under way or due next.", [(none, status.round)]
+    yield (
+        "round",
+        "gauge",
+        "Round under way or due next; the last one stays.",
+        [(none, min(status.round, status.rounds))],
+    )
     yield "rounds", "gauge", "Rounds of the run.", [(none, status.rounds)]
     yield "attempt", "gauge", "Attempt at the exchange under way, 0 where none is.", [(none, status.attempt)]
     yield "exchange_seconds", "gauge", "Age of the exchange under way.", [(none, status.seconds)]

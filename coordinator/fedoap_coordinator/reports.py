@@ -10,7 +10,9 @@ from typing import TypedDict
 from fedoap.config import BlobFiles, FederationConfig, ModelRecord
 from fedoap.errors import StorageError
 from fedoap.identity import fingerprint
+from fedoap.protocol.course import Step, place
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
+from fedoap.tensors import TaskKind
 from fedoap_coordinator.ledger import Ledger, TaskRow
 
 STATUS = "status.json"
@@ -27,7 +29,7 @@ class SiteFigures(TypedDict):
 class ExchangeFigures(TypedDict):
     """One exchange; `outcome` and `seconds` are null while it is open."""
 
-    kind: str
+    kind: TaskKind
     round: int
     attempt: int
     outcome: str | None
@@ -58,7 +60,8 @@ def result_lines(run: Results) -> Iterator[str]:
     """Yield the results as text, a line for each exchange and one for each site in it."""
     for one in run["exchanges"]:
         seconds = "" if one["seconds"] is None else f" in {one['seconds']:.1f} s"
-        yield f"round {one['round']} {one['kind']}, attempt {one['attempt']}: {one['outcome'] or 'open'}{seconds}"
+        what = Step(one["kind"], one["round"])
+        yield f"{what}, attempt {one['attempt']}: {one['outcome'] or 'open'}{seconds}"
         for site, figures in one["sites"].items():
             metrics = "  ".join(f"{name} {value:.4g}" for name, value in sorted(figures["metrics"].items()))
             yield f"  {site}  cases {figures['cases']}  bytes {figures['bytes']}  {metrics}".rstrip()
@@ -93,7 +96,7 @@ def status_lines(config: FederationConfig, ledger: Ledger, pid: int | None) -> I
         here = [update.site for update in ledger.updates(row.task)]
         missing = [name for name in row.manifest.cohort if name not in here]
         since = datetime.fromtimestamp(row.closed or row.opened, UTC).isoformat(timespec="seconds")
-        what = f"round {row.manifest.round} {row.manifest.kind}, attempt {row.manifest.attempt}"
+        what = f"{Step(row.manifest.kind, row.manifest.round)}, attempt {row.manifest.attempt}"
         yield f"{what}: {row.outcome or 'open'} since {since}" + ("" if row.outcome else _missing(missing))
     if pid:
         yield from _live(state / STATUS)
@@ -152,7 +155,7 @@ def _live(path: Path) -> Iterator[str]:
     except (OSError, ValueError):
         return
     status = view["status"]
-    yield f"round {status['round']} of {status['rounds']}: {status['reason'] or status['state']}"
+    yield f"{place(status['kind'], status['round'], status['rounds'])}: {status['reason'] or status['state']}"
     for site in status["sites"]:
         seconds = site["heard_seconds"]
         heard = "not heard since the coordinator started" if seconds is None else f"heard {seconds:.0f} s ago"

@@ -17,6 +17,7 @@ from fedoap.chain import CheckedLink, Outcome, RoundRecord, Weighed, check_chain
 from fedoap.config import Plan
 from fedoap.errors import ConfigError, FedoapError, TensorsError
 from fedoap.identity import TASK_CONTEXT, UPLOAD_CONTEXT, is_signed
+from fedoap.protocol.course import Step
 from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.blobcheck import Gone, check_blob, check_upload, first_difference, remake, said
 from fedoap_coordinator.blobs import blob_files, exact_files
@@ -309,7 +310,7 @@ def _pair(
 
 
 def _title(row: TaskEvidence, what: TaskManifest | RoundRecord | None) -> str:
-    return f"round {what.round} {what.kind}, attempt {what.attempt}" if what else f"tasks row {row.number}"
+    return f"{Step(what.kind, what.round)}, attempt {what.attempt}" if what else f"tasks row {row.number}"
 
 
 def _uploads_differ(name: str, mine: tuple[Weighed, ...], signed: tuple[Weighed, ...]) -> str:

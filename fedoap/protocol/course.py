@@ -17,8 +17,20 @@ class Step:
     round: int
 
     def __str__(self) -> str:
-        """Return the step as an operator reads it."""
-        return "first weights" if self.kind == "init" else f"{self.kind} of round {self.round}"
+        """Return the step as an operator reads it, in rounds that the plan counts.
+
+        >>> [str(Step(*one)) for one in (("init", 0), ("train", 3), ("bank", 4), ("calibrate", 4))]
+        ['first weights', 'train of round 3', 'bank after round 3', 'calibration']
+        """
+        match self.kind:
+            case "init":
+                return "first weights"
+            case "train":
+                return f"train of round {self.round}"
+            case "seed" | "bank":
+                return f"{self.kind} after round {self.round - 1}"
+            case "calibrate":
+                return "calibration"
 
 
 def course(plan: Plan) -> tuple[Step, ...]:
@@ -34,6 +46,17 @@ def course(plan: Plan) -> tuple[Step, ...]:
             steps.append(Step("seed" if number == 2 else "bank", number))
         steps.append(Step("train" if number <= plan.rounds else "calibrate", number))
     return tuple(steps)
+
+
+def place(kind: TaskKind | None, number: int, rounds: int) -> str:
+    """Return how far a course has come, for a headline; `kind` is that of the step due, None behind the last.
+
+    >>> [place("train", 2, 3), place("bank", 4, 3), place(None, 4, 3)]
+    ['round 2 of 3', 'calibration', 'finished']
+    """
+    if kind is None:
+        return "finished"
+    return f"round {number} of {rounds}" if number <= rounds else "calibration"
 
 
 def due(steps: Sequence[Step], closed: Sequence[ClosedExchange]) -> Step | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedoap.config import SiteConfig
 from fedoap.errors import FedoapError, StorageError, TrainingError
+from fedoap.protocol.course import Step
 from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
 from fedoap.seal import Seal, public_half
 from fedoap.tensors import TaskManifest, UploadManifest
@@ -214,7 +215,7 @@ class Work:
 
 
 def _name(manifest: TaskManifest) -> str:
-    return f"{manifest.kind} of round {manifest.round}"
+    return str(Step(manifest.kind, manifest.round))
 
 
 def _ending(code: int) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,10 +40,25 @@ def test_who_is_waited_for_since_when_and_until_when() -> None:
 
 def test_a_note_is_a_sentence_and_an_unknown_or_incomplete_one_is_still_shown() -> None:
     assert sentence(Note("ready", {"endpoint": "tcp://[::1]:7"})) == "ready tcp://[::1]:7"
-    assert sentence(progress(20)) == "hospital_a: round 3, train 20/50, loss 0.5000, Dice 0.750"
-    assert sentence(progress(20, dice=-1.0)) == "hospital_a: round 3, train 20/50, loss 0.5000"
+    assert sentence(progress(20)) == "hospital_a: train of round 3, step 20/50, loss 0.5000, Dice 0.750"
+    assert sentence(progress(20, dice=-1.0)) == "hospital_a: train of round 3, step 20/50, loss 0.5000"
     assert sentence(Note("site_progress", {"site": "a"})) == "site_progress site=a"
     assert sentence(Note("novelty", {"x": 1})) == "novelty x=1"
+
+
+def test_what_comes_after_the_last_round_is_no_round() -> None:
+    """Planted bug: `round 21` of 20 in the table's head."""
+    fields: dict[str, str | int | float] = {"kind": "calibrate", "round": 21, "attempt": 1}
+    assert sentence(Note("task_opened", fields)) == "calibration begins, attempt 1"
+    assert sentence(Note("task_opened", fields | {"kind": "bank"})) == "bank after round 20 begins, attempt 1"
+    told: dict[str, str | int | float] = {"site": "a", "stage": "boundary", "step": 1, "steps": 2, "loss": 1.0}
+    assert sentence(Note("site_progress", fields | told)) == "a: calibration (boundary), step 1/2, loss 1.0000"
+    out = io.StringIO()
+    console = TableConsole(Terminal(file=out, force_terminal=True, width=120))
+    console.show(View(replace(status(WORKING), kind="calibrate", round=21), {}, 0.0))
+    console.close()
+    assert "calibration  calibrate  open" in out.getvalue()
+    assert "round 21" not in out.getvalue()
 
 
 def test_plain_lines_hold_no_markup_and_progress_comes_now_and_then() -> None:
@@ -59,8 +75,8 @@ def test_plain_lines_hold_no_markup_and_progress_comes_now_and_then() -> None:
     lines = [line[9:] for line in out.getvalue().splitlines()]
 
     assert [line[:40] for line in lines] == [
-        "hospital_a: round 3, train 0/50, loss 0.",
-        "hospital_a: round 3, train 11/50, loss 0",
+        "hospital_a: train of round 3, step 0/50,",
+        "hospital_a: train of round 3, step 11/50",
         "hospital_b failed: [red]long reason long",
         "waiting for hospital_a since " + lines[-1][29:40],
     ]
@@ -80,7 +96,7 @@ def test_the_table_shows_pace_and_time_left() -> None:
     assert "0:00:20" in drawn  # 10 steps in 10 seconds, 20 to go
     assert "2.0" in drawn
     assert "0:01:35" in drawn  # 190 MB at 2 MB/s
-    assert "round 3/20" in drawn
+    assert "round 3 of 20" in drawn
 
 
 def test_the_console_suits_the_terminal() -> None:

@@ -93,14 +93,14 @@ def test_a_sound_run_is_verified_to_the_last_bit(tmp_path: Path, dtype: Dtype) -
     run_federation(config_of(tmp_path, dtype))
 
     assert [(one.title, one.finding) for one in verdicts(tmp_path)[1:]] == [
-        ("round 0 init, attempt 1", "verified"),
-        ("round 1 train, attempt 1", "verified"),
-        ("round 2 seed, attempt 1", "verified"),
-        ("round 2 seed, attempt 2", "verified"),
-        ("round 2 train, attempt 1", "verified"),
-        ("round 3 bank, attempt 1", "verified"),
-        ("round 3 calibrate, attempt 1", "verified"),
-        ("round 4 train, attempt 1", "open"),
+        ("first weights, attempt 1", "verified"),
+        ("train of round 1, attempt 1", "verified"),
+        ("seed after round 1, attempt 1", "verified"),
+        ("seed after round 1, attempt 2", "verified"),
+        ("train of round 2, attempt 1", "verified"),
+        ("bank after round 2, attempt 1", "verified"),
+        ("calibration, attempt 1", "verified"),
+        ("train of round 4, attempt 1", "open"),
     ]
     assert faults(tmp_path) == []
 
@@ -322,7 +322,7 @@ def test_the_command_says_a_line_a_round_and_its_exit_code_tells(copy: Path) -> 
     run: Callable[..., str] = lambda code, *words: _said(code, "verify", "--config", str(config), *words)  # noqa: E731
 
     lines = run(0).splitlines()
-    assert lines[2] == "round 1 train, attempt 1: verified"
+    assert lines[2] == "train of round 1, attempt 1: verified"
     assert lines[-1].startswith("exchanges: 7 verified, 1 open; signed by the federation's key ")
 
     flip_in_file(next((copy / "blobs").glob("*.master")), 77)
