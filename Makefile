@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # the oldest Triton that kernels are compiled with, beside the installed one
 OTHER := $(VENV)/triton-3.6.0
+# a test process for each core; whoever is done takes tests from the others. A benchmark would not run beside others
+SIDE_BY_SIDE ?= --numprocesses logical --maxprocesses 8 --dist worksteal --benchmark-disable --quiet
 
 .PHONY: demo test check bench soak wheel setup clean
 
@@ -20,7 +22,7 @@ demo: $(READY)
 	$(BIN)/fedoap demo --out demo --overwrite
 
 test: $(READY) $(OTHER)/.ready
-	FEDOAP_OTHER_TRITON=$(abspath $(OTHER)) $(BIN)/python -Im pytest
+	FEDOAP_OTHER_TRITON=$(abspath $(OTHER)) $(BIN)/python -Im pytest $(SIDE_BY_SIDE)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -32,9 +34,6 @@ bench: $(READY)
 	$(BIN)/python -Im pytest benchmarks --benchmark-only
 	PYTHONPATH=. $(BIN)/python benchmarks/rounds.py
 	PYTHONPATH=. $(BIN)/python benchmarks/scale.py
-
-soak: $(READY)
-	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(SOAK)

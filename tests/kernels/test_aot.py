@@ -1,7 +1,7 @@
 """Every kernel compiles for hardware that is not at hand, and the code keeps to what is asked of it.
 
-The gate runs in a process of its own, for the installed Triton and for one that `make` puts beside it:
-FEDOAP_OTHER_TRITON names its folder, .venv/triton-3.6.0 where that is not set. By hand:
+The gate runs in a process of its own for each target, with the installed Triton and with one that `make` puts beside
+it: FEDOAP_OTHER_TRITON names its folder, .venv/triton-3.6.0 where that is not set. By hand:
 
     python -m benchmarks.aot --triton .venv/triton-3.6.0
 """
@@ -9,43 +9,49 @@ FEDOAP_OTHER_TRITON names its folder, .venv/triton-3.6.0 where that is not set. 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
+from benchmarks.aot.__main__ import TARGETS
 from benchmarks.aot.inspection import dot_kinds, narrow_offsets
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = "FEDOAP_OTHER_TRITON"
+Say: TypeAlias = Callable[[str, object], None]
 OTHER = Path(os.environ.get(VARIABLE, ROOT / ".venv/triton-3.6.0"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_every_kernel_keeps_to_the_gate(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("target", TARGETS.split(","))
+def test_every_kernel_keeps_to_the_gate(target: str, record_property: Say) -> None:
     """Seen failing on a tile that spills and on a row's offset in 32 bits."""
-    _hold([], capfd)
+    _hold(target, [], record_property)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     VARIABLE not in os.environ and not OTHER.exists(), reason=f"{OTHER} is missing: make test installs it"
 )
-def test_every_kernel_keeps_to_the_gate_in_the_other_triton(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("target", TARGETS.split(","))
+def test_every_kernel_keeps_to_the_gate_in_the_other_triton(target: str, record_property: Say) -> None:
     assert (OTHER / "triton").is_dir(), f"{VARIABLE} names {OTHER}, but there is no triton in it"
 
-    _hold(["--triton", str(OTHER)], capfd)
+    _hold(target, ["--triton", str(OTHER)], record_property)
 
 
-def _hold(options: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+def _hold(target: str, options: list[str], record_property: Say) -> None:
     """Run the gate; its last line tells how many launches it looked at and how long it took."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", *options], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    with capfd.disabled():
-        sys.stdout.write(f"\n{done.stdout.strip().splitlines()[-1]}\n")
+    command = [sys.executable, "-m", "benchmarks.aot", "--targets", target, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     amiss = [line for line in done.stdout.splitlines() if line.startswith(("sm_", "gfx"))]
     assert (done.returncode, amiss) == (0, []), done.stdout + done.stderr
+    record_property("said", f"{target}, {done.stdout.strip().splitlines()[-1]}")
 
 
 def test_a_rows_offset_in_32_bits_is_found() -> None:
