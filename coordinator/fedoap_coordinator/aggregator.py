@@ -68,14 +68,16 @@ class MergeResult(Frozen):
     """Of the float32 original, where the blob is rounded to the wire's dtype."""
 
 
-def merge(job: MergeJob, secret: bytes) -> MergeResult:
+def merge(job: MergeJob, secret: bytes | None) -> MergeResult:
     """Write the result's blobs into the job's folder and return their manifests.
+
+    Without a secret the updates lie there as they are: nobody seals what never leaves a process.
 
     Raises:
         FedoapError: an update cannot be merged.
     """
     manifests = [UploadManifest.unpack(bytes.fromhex(one.upload)) for one in job.updates]
-    updates = [(SealedFile(one.blob, of, secret), of) for one, of in zip(job.updates, manifests, strict=True)]
+    updates = [(_opened(one.blob, of, secret), of) for one, of in zip(job.updates, manifests, strict=True)]
     blob, master = job.output / BLOB, job.output / MASTER
     match job.kind:
         case "seed" | "bank":
@@ -96,6 +98,10 @@ def merge(job: MergeJob, secret: bytes) -> MergeResult:
             return MergeResult(blob=rounded.pack().hex(), master=exact.pack().hex())
         case _:
             raise StorageError(f"aggregation: {job.kind} without a model makes no result")
+
+
+def _opened(path: Path, upload: UploadManifest, secret: bytes | None) -> Path | SealedFile:
+    return path if secret is None else SealedFile(path, upload, secret)
 
 
 def main(path: Path, secret: bytes) -> None:

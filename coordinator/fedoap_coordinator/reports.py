@@ -13,6 +13,7 @@ from fedoap.identity import fingerprint
 from fedoap.protocol.course import Step, place
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
 from fedoap.tensors import TaskKind
+from fedoap_coordinator.blobs import blob_files
 from fedoap_coordinator.ledger import Ledger, TaskRow
 
 STATUS = "status.json"
@@ -108,16 +109,26 @@ def export(config: FederationConfig, ledger: Ledger, folder: Path) -> ModelRecor
     Raises:
         StorageError: there is no model yet, or the folder cannot be written.
     """
-    tasks, blobs = ledger.tasks(), config.coordinator.state / "blobs"
+    tasks, state = ledger.tasks(), config.coordinator.state
     models = [row for row in tasks if row.result and row.manifest.kind in MODEL_KINDS]
     banks = [row for row in tasks if row.result and row.manifest.kind in BANK_KINDS]
     if not models:
-        raise StorageError(f"{config.coordinator.state}: no round is done, so there is no model to export")
+        raise StorageError(f"{state}: no round is done, so there is no model to export")
+    shared, bank = _result(state, models[-1]), _result(state, banks[-1]) if banks else None
+    return write_model(folder, ModelRecord(plan=config.plan, round=models[-1].manifest.round, shared=shared, bank=bank))
+
+
+def write_model(folder: Path, model: ModelRecord) -> ModelRecord:
+    """Copy a shared model and its bank to a folder, write its `model.json` last, and return that.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shared = _copy(blobs, models[-1].result, folder / "model.blob")
-        bank = _copy(blobs, banks[-1].result, folder / "bank.blob") if banks else None
-        record = ModelRecord(plan=config.plan, round=models[-1].manifest.round, shared=shared, bank=bank)
+        shared = _copy(model.shared, folder / "model.blob")
+        bank = _copy(model.bank, folder / "bank.blob") if model.bank else None
+        record = model.model_copy(update={"shared": shared, "bank": bank})
         draft = folder / ".model.json"
         draft.write_text(record.model_dump_json(indent=1))
         draft.replace(folder / "model.json")
@@ -166,9 +177,13 @@ def _live(path: Path) -> Iterator[str]:
         yield f"  {site['name']}: {site['state']}, {heard}{stage}{in_and_out}{software}"
 
 
-def _copy(blobs: Path, blob: bytes | None, target: Path) -> BlobFiles:
-    assert blob is not None, "only exchanges with a result are asked for"
+def _result(state: Path, row: TaskRow) -> BlobFiles:
+    assert row.result is not None, "only exchanges with a result are asked for"
+    return blob_files(state, row.result)
+
+
+def _copy(files: BlobFiles, target: Path) -> BlobFiles:
     manifest = target.with_suffix(".manifest")
-    shutil.copyfile(blobs / blob.hex(), target)
-    shutil.copyfile(blobs / f"{blob.hex()}.manifest", manifest)
+    shutil.copyfile(files.blob, target)
+    shutil.copyfile(files.manifest, manifest)
     return BlobFiles(blob=target.absolute(), manifest=manifest.absolute())

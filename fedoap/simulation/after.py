@@ -14,7 +14,7 @@ from fedoap.simulation.display import Display
 from fedoap.simulation.federation import POLL_SECONDS, Log
 from fedoap.simulation.layout import Layout
 from fedoap.simulation.processes import Child, Processes
-from fedoap_node.job import Job, JobProgress
+from fedoap_node.job import JOB, JobProgress, write_local_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +74,10 @@ def _show(work: Work, log: Log, display: Display) -> None:
 
 
 def _alone(name: str, site: SiteConfig, config: SimulationConfig, layout: Layout) -> Work:
-    assert site.data is not None
     output = layout.alone(name)
-    output.mkdir(parents=True)
-    cache = layout.home / name / "state" / "cache"
-    job = Job(
-        kind="local",
-        site=name,
-        round=0,
-        plan=config.plan,
-        data=site.data,
-        worker=site.worker,
-        cache=cache,
-        output=output,
-    )
-    (output / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    write_local_job(name, site, config.plan, layout.home / name / "state" / "cache", output)
     worker = site.worker.command or (sys.executable, "-m", "fedoap_node.worker")
-    return Work(f"alone-{name}", (*worker, str(output / "job.json")))
+    return Work(f"alone-{name}", (*worker, str(output / JOB)))
 
 
 def _pictures(name: str, layout: Layout) -> Work:

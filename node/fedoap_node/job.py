@@ -11,15 +11,19 @@ Where something else may write there after the worker, as `torch.distributed.run
 same line as `error.txt` beside the job's file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
+from fedoap.config import BlobFiles, Plan, SiteConfig, SiteData, WorkerConfig
+from fedoap.errors import StorageError, TrainingError
 from fedoap.fields import Frozen
+from fedoap.tensors import TaskManifest
 
 JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
 """`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""
 
+JOB = "job.json"
 RESULT = "result.json"
 ERROR = "error.txt"
 UPDATE_BLOB = "update.blob"
@@ -63,3 +67,73 @@ class JobResult(Frozen):
     """Training cases used: the site's weight where the strategy weighs by cases."""
     metrics: dict[str, float]
     """Finite numbers only, such as `loss`, `dice_validation`, `dice_test`, `seconds`, `steps`."""
+
+
+def write_job(
+    manifest: TaskManifest,
+    *,
+    site: str,
+    plan: Plan,
+    config: SiteConfig,
+    blobs: Callable[[bytes], BlobFiles],
+    personal: Path | None,
+    cache: Path,
+    output: Path,
+) -> Job:
+    """Return the job that does a task's work at a site, written into its output folder.
+
+    `blobs` says where a blob lies that the site has.
+
+    Raises:
+        TrainingError: `site.toml` names no data.
+        StorageError: the disk refuses.
+    """
+    if config.data is None:
+        raise TrainingError("site.toml: section data is missing")
+    job = Job(
+        kind=manifest.kind,
+        site=site,
+        round=manifest.round,
+        plan=plan,
+        data=config.data,
+        worker=config.worker,
+        model=blobs(manifest.model.id) if manifest.model else None,
+        bank=blobs(manifest.bank.id) if manifest.bank else None,
+        personal=personal,
+        cache=cache,
+        output=output,
+    )
+    _write(job)
+    return job
+
+
+def write_local_job(site: str, config: SiteConfig, plan: Plan, cache: Path, output: Path) -> Job:
+    """Return the job that trains a site alone, written into its output folder, which is made.
+
+    Raises:
+        TrainingError: `site.toml` names no data.
+        StorageError: the disk refuses.
+    """
+    if config.data is None:
+        raise TrainingError("site.toml: section data is missing")
+    job = Job(
+        kind="local",
+        site=site,
+        round=0,
+        plan=plan,
+        data=config.data,
+        worker=config.worker,
+        cache=cache,
+        output=output,
+    )
+    _write(job)
+    return job
+
+
+def _write(job: Job) -> None:
+    path = job.output / JOB
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

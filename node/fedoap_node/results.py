@@ -20,9 +20,8 @@ from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
 from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, share, sync_tree, write_durably
-from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
+from fedoap_node.job import JOB, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
 
-JOB = "job.json"
 SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
 PERSONAL_PREFIX = "personal."
@@ -41,9 +40,13 @@ class Result:
 
 
 class Results:
-    """The work of one site that is done, by `TaskManifest.work`."""
+    """The work of one site that is done, by `TaskManifest.work`.
 
-    def __init__(self, folder: SiteFolder) -> None:
+    Without `durable` nothing waits for the disk: for a run that is begun anew after a power cut anyway.
+    """
+
+    def __init__(self, folder: SiteFolder, *, durable: bool = True) -> None:
+        self._durable = durable
         self._work, self._personal = folder.state / "work", folder.state / PERSONAL
         self._model, self._record = folder.model, folder.model_record
         for place in (self._work, self._personal, self._model):
@@ -71,11 +74,12 @@ class Results:
             TrainingError: the result is missing, does not fit its manifest or names personal tensors.
         """
         _read(output)
-        sync_tree(output)
+        if self._durable:
+            sync_tree(output)
         folder = self._work / work.hex()
         remove(folder)
         output.rename(folder)
-        sync_folder(self._work)
+        self._sync(self._work)
         self._settle(folder)
         return _read(folder)
 
@@ -111,7 +115,7 @@ class Results:
         if left.is_dir():
             newest = self.personal
             left.rename(self._personal / f"{int(newest.name) + 1 if newest else 1:08d}")
-            sync_folder(self._personal)
+            self._sync(self._personal)
         job = Job.model_validate_json((folder / JOB).read_bytes())
         if job.kind in ("train", "calibrate"):
             self._write_record(job, folder)
@@ -127,11 +131,21 @@ class Results:
         linked = self._link(shared)
         bank = self._link(job.bank) if job.bank else None
         record = ModelRecord(plan=job.plan, round=job.round, shared=linked, bank=bank, personal=self.personal)
-        write_durably(self._record, record.model_dump_json(indent=1).encode())
+        self._write(self._record, record.model_dump_json(indent=1).encode())
         used = {path for files in (linked, bank) if files for path in (files.blob, files.manifest)}
         for path in self._model.iterdir():
             if path not in used | {self._record}:
                 remove(path)
+
+    def _sync(self, folder: Path) -> None:
+        if self._durable:
+            sync_folder(folder)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        if self._durable:
+            write_durably(path, data)
+        else:
+            path.write_bytes(data)
 
     def _is_here(self, files: BlobFiles) -> bool:
         return files.blob.is_file() and files.manifest.is_file()

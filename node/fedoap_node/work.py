@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedoap.config import SiteConfig
-from fedoap.errors import FedoapError, StorageError, TrainingError
+from fedoap.errors import FedoapError
 from fedoap.protocol.course import Step
 from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
 from fedoap.seal import Seal, public_half
 from fedoap.tensors import TaskManifest, UploadManifest
 from fedoap_node.files import remove
-from fedoap_node.job import Job
+from fedoap_node.job import JOB, write_job
 from fedoap_node.journal import Journal
-from fedoap_node.results import JOB, Result
+from fedoap_node.results import Result
 from fedoap_node.spare import Spare
 from fedoap_node.state import SiteState
 from fedoap_node.trainer import GRACE_SECONDS, Trainer
@@ -149,28 +149,22 @@ class Work:
         self._close_upload()
 
     def _launch(self, task: bytes, manifest: TaskManifest) -> _Running:
-        if self._config.data is None:
-            raise TrainingError("site.toml: section data is missing")
         output = self._state.results.start(manifest.work)
-        job = Job(
-            kind=manifest.kind,
-            site=self._state.folder.name,
-            round=manifest.round,
-            plan=self._state.plan(),
-            data=self._config.data,
-            worker=self._config.worker,
-            model=self._state.blobs.files(manifest.model.id) if manifest.model else None,
-            bank=self._state.blobs.files(manifest.bank.id) if manifest.bank else None,
-            personal=self._state.results.personal,
-            cache=self._state.cache,
-            output=output,
-        )
-        path = output / JOB
         try:
-            path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be written: {error.strerror}") from None
-        return _Running(task, manifest, output, self._spare.take(path), time.monotonic())
+            write_job(
+                manifest,
+                site=self._state.folder.name,
+                plan=self._state.plan(),
+                config=self._config,
+                blobs=self._state.blobs.files,
+                personal=self._state.results.personal,
+                cache=self._state.cache,
+                output=output,
+            )
+        except FedoapError:
+            remove(output)
+            raise
+        return _Running(task, manifest, output, self._spare.take(output / JOB), time.monotonic())
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
         seconds = round(time.monotonic() - running.started, 3)
