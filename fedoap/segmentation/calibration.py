@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fedoap.config import StrategyConfig
+from fedoap.config import Plan, StrategyConfig
 from fedoap.kernels import perturbed_boundary_loss
 from fedoap.segmentation.data import prepared_cases
 from fedoap.segmentation.descent import Batches, Descent, Loss, Metrics, Progress, Stretch, Workplace, descend
@@ -61,8 +61,7 @@ def train_alone(place: Workplace) -> tuple[FedOAPNet, Metrics]:
         TrainingError: the loss is no longer finite.
     """
     training, steps, more = place.plan.training, _round_steps(place), place.plan.calibration.steps
-    alone = place.plan.model_copy(update={"strategy": StrategyConfig(name="local")})
-    network = SiteModel(alone).personal.to(place.device)
+    network = SiteModel(alone_plan(place.plan)).personal.to(place.device)
     loss, batches = _plain_loss(place.parallel(network), place), place.batches(0)
 
     def rate(step: int) -> float:
@@ -79,6 +78,30 @@ def train_alone(place: Workplace) -> tuple[FedOAPNet, Metrics]:
         "steps": float(steps + more),
         **_test(network, None, place),
     }
+
+
+def alone_plan(plan: Plan) -> Plan:
+    """Return the plan whose network a site trains alone: nothing of it is shared."""
+    return plan.model_copy(update={"strategy": StrategyConfig(name="local")})
+
+
+def tune_new_site(model: SiteModel, bank: Bank | None, place: Workplace, epochs: int) -> tuple[FedOAPNet, Metrics]:
+    """Return the network of a site that joins after the last round, fine-tuned for some epochs of its images.
+
+    Its personal parts start as copies of the shared ones. All of it is trained, by the plain loss at one
+    cosine of the calibration's learning rate; the state with the best validation Dice is kept.
+
+    Raises:
+        DataError: a case is wrong.
+        TrainingError: the loss is no longer finite.
+    """
+    model.reset_personal()
+    network = copy.deepcopy(model.personal)
+    config, steps = place.plan.calibration, math.ceil(epochs * len(place.training) / place.plan.training.batch_size)
+    loss = _plain_loss(place.parallel(network), place, bank)
+    stretch = Stretch("tune", 0, steps, lambda step: cosine_rate(config.learning_rate, step, steps), 0, steps)
+    looks = _fine_tune(Predictor(place.plan, network, bank, place.device), loss, place, place.batches(0), stretch)
+    return network, {"dice_validation_before": looks[0], "dice_validation": max(looks), "steps": float(steps)}
 
 
 def look_steps(steps: int, evaluations: int) -> list[int]:
@@ -118,10 +141,10 @@ def _fine_tune(predict: Predictor, loss: Loss, place: Workplace, batches: Batche
     return looks
 
 
-def _plain_loss(network: nn.Module, place: Workplace) -> Loss:
+def _plain_loss(network: nn.Module, place: Workplace, bank: Bank | None = None) -> Loss:
     def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
         with autocast(place.device):
-            logits = network(image)
+            logits = network(image, bank)
         return segmentation_loss(logits, mask)
 
     return loss
