@@ -53,7 +53,7 @@ def load_model(model_json: Path, *, shared: bool, device: str = "auto") -> Predi
         ConfigError: there is no such record, it has another form, or it has no personal part.
         TensorsError: the files do not fit the network.
     """
-    record = _record(model_json)
+    record = read_record(model_json)
     if not shared and record.personal is None:
         raise ConfigError(f"{model_json}: has no personal part, so that only the shared path can run")
     chosen = choose_device(device)
@@ -134,7 +134,12 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _record(path: Path) -> ModelRecord:
+def read_record(path: Path) -> ModelRecord:
+    """Return the record of a model folder.
+
+    Raises:
+        ConfigError: there is none, or it has another form.
+    """
     try:
         return ModelRecord.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -9,16 +9,10 @@ import hashlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
-from pydantic import ValidationError
-
-from fedoap.config import Plan
-from fedoap.errors import ConfigError, ProcessError
-from fedoap.fields import Frozen
+from fedoap.errors import ProcessError
 from fedoap.identity import Member as Enrolled
 from fedoap.identity import Roster, curve_keys, signing_keys
 from fedoap.protocol.events import Connected, Tick
@@ -26,38 +20,13 @@ from fedoap.simulation.config import SimulationConfig
 from fedoap.simulation.layout import Layout
 from fedoap.sitefolder import SiteFolder
 from fedoap.study.coordinator import Keys, StudyCoordinator
+from fedoap.study.figures import RUN, FederationRun, site_rounds
+from fedoap.study.models import before_folder, record_before
 from fedoap.study.posts import Post, ToCoordinator, ToSite
-from fedoap.study.site import Member, Report, Share, StudySite
+from fedoap.study.site import Member, StudySite
+from fedoap.study.work import Report
 
 STEP_SECONDS = 1.0
-RUN = "federation.json"
-
-Stage = Literal["train", "calibrate"]
-
-
-class SiteRound(Frozen):
-    """A site's part in one round: the exchanges that came before its training, and that."""
-
-    site: str
-    stage: Stage
-    round: int
-    step: int
-    """Gradient steps of the site's course, after this round."""
-    cases: int
-    metrics: dict[str, float]
-    """Of `train`: loss, dice_validation; of `calibrate`: dice_test_before, dice_test and others."""
-    bytes_sent: int
-    bytes_received: int
-    seconds: float
-    """Of its work."""
-
-
-class FederationRun(Frozen):
-    """What a federation leaves beside its models."""
-
-    rounds: tuple[SiteRound, ...]
-    """Sorted by round, then in the order of the configuration's sites."""
-    seconds: float
 
 
 def run_federation(
@@ -65,9 +34,9 @@ def run_federation(
 ) -> FederationRun:
     """Train a federation to its end and return its figures; the folder holds its models as `Layout` says.
 
-    `model/` is what the coordinator exports, `home/SITE/model/` what the site's node leaves. The figures
-    stand in `federation.json`, written last; without it what lies there is begun anew. Prepared cases are
-    kept in `cache`, which many runs may share.
+    `model/` is what the coordinator exports, `home/SITE/model/` what the site's node leaves, `home/SITE/before/`
+    the latter before calibration. The figures stand in `federation.json`, written last; without it what lies
+    there is begun anew. Prepared cases are kept in `cache`, which many runs may share.
 
     Raises:
         FedoapError: a site cannot do its work, or the updates cannot be merged.
@@ -91,27 +60,14 @@ def run_federation(
             report,
         )
     _run(coordinator, sites)
-    coordinator.export(layout.model)
+    model = coordinator.export(layout.model)
+    for name in sites:
+        record_before(model, before_folder(layout, name))
     shares = [share for site in sites.values() for share in site.shares]
-    run = FederationRun(rounds=tuple(_rounds(config.plan, shares)), seconds=time.monotonic() - began)
+    run = FederationRun(rounds=tuple(site_rounds(config.plan, shares)), seconds=time.monotonic() - began)
     _tidy(layout, sites)
     (layout.out / RUN).write_text(run.model_dump_json(indent=1), encoding="utf-8")
     return run
-
-
-def read_run(folder: Path) -> FederationRun | None:
-    """Return the figures of a federation that ran in a folder, or nothing where none came to its end.
-
-    Raises:
-        ConfigError: they have another form.
-    """
-    path = folder / RUN
-    try:
-        return FederationRun.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {error.errors(include_url=False)[0]['msg']}; delete it to run anew") from None
 
 
 def _run(coordinator: StudyCoordinator, sites: dict[str, StudySite]) -> None:
@@ -149,26 +105,6 @@ def _keys(config: SimulationConfig) -> tuple[Keys, dict[str, Member]]:
     }
     enrolled = [Enrolled(one.name, one.curve_key, signing_keys(one.signing_key).public) for one in members.values()]
     return Keys(federation.secret, Roster(1, tuple(enrolled)), random_bytes), members
-
-
-def _rounds(plan: Plan, shares: list[Share]) -> Iterator[SiteRound]:
-    """Yield each round of each site; the first weights, which are of no round, count as its first round's."""
-    ends = [share for share in shares if share.kind in ("train", "calibrate")]
-    for end in sorted(ends, key=lambda share: share.round):
-        mine = [one for one in shares if one.site == end.site and max(1, one.round) == end.round]
-        steps, more = plan.training.steps_per_round, plan.calibration.steps
-        is_last = end.kind == "calibrate"
-        yield SiteRound(
-            site=end.site,
-            stage="calibrate" if is_last else "train",
-            round=end.round,
-            step=plan.rounds * steps + more if is_last else end.round * steps,
-            cases=end.cases,
-            metrics={name: value for name, value in end.metrics.items() if name != "seconds"},
-            bytes_sent=sum(one.bytes_sent for one in mine),
-            bytes_received=sum(one.bytes_received for one in mine),
-            seconds=sum(one.metrics.get("seconds", 0.0) for one in mine),
-        )
 
 
 def _clear(layout: Layout) -> None:

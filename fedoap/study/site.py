@@ -5,16 +5,11 @@ else happens. What a job leaves in the process does not reach the next one: see 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
-
-import torch
 
 from fedoap.config import BlobFiles, Plan, SiteConfig
-from fedoap.errors import ConfigError
 from fedoap.protocol.events import (
     BlobStored,
     Committed,
@@ -30,31 +25,17 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.seal import public_half
-from fedoap.segmentation.descent import Progress
 from fedoap.sitefolder import SiteFolder
+from fedoap.study.figures import Share
+from fedoap.study.models import BEFORE, keep_before
 from fedoap.study.posts import Post, ToCoordinator, ToSite
-from fedoap.tensors import NO_KEY, TaskKind, TaskManifest, UploadManifest
+from fedoap.study.work import Report, check_worker, quiet_process
+from fedoap.tensors import NO_KEY, TaskManifest, UploadManifest
 from fedoap_node.blobs import BlobStore
 from fedoap_node.files import share
 from fedoap_node.job import write_job
 from fedoap_node.results import Result, Results
 from fedoap_node.worker import carry_out
-
-Report: TypeAlias = Callable[[str, int, Progress], None]
-"""Hears of a site's name, the round and how far its work is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one site gave to one exchange; bytes are those of the blobs that would have travelled."""
-
-    site: str
-    kind: TaskKind
-    round: int
-    cases: int
-    metrics: dict[str, float]
-    bytes_sent: int
-    bytes_received: int
 
 
 @dataclass(slots=True)
@@ -163,6 +144,8 @@ class StudySite:
             cache=self.cache,
             output=self._results.start(manifest.work),
         )
+        if job.kind == "calibrate" and job.personal is not None:
+            keep_before(job.personal, self.folder.path / BEFORE)
         with quiet_process():
             carry_out(job, lambda progress: self.report(self.member.name, manifest.round, progress))
         return self._results.finish(manifest.work, job.output)
@@ -184,25 +167,3 @@ class StudySite:
         self._received = 0
         self._results.keep_only(manifest.work)
         self._blobs.keep_only(blob.id for blob in manifest.blobs)
-
-
-def check_worker(site: str, config: SiteConfig) -> None:
-    """Return if the site's work can be done in this process.
-
-    Raises:
-        ConfigError: it names a program of its own, or several GPUs.
-    """
-    if config.worker.command is not None:
-        raise ConfigError(f"site {site}: worker.command is given, but a study runs fedoap's own worker; leave it out")
-    if config.worker.gpus > 1:
-        raise ConfigError(f"site {site}: worker.gpus is {config.worker.gpus}, but a study trains a site on one")
-
-
-@contextmanager
-def quiet_process() -> Iterator[None]:
-    """Within, a job may choose the number of threads; after it the process is as it was."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

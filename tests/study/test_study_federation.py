@@ -18,9 +18,10 @@ from fedoap.simulation.config import SimulationConfig
 from fedoap.simulation.display import Display
 from fedoap.simulation.layout import make_layout
 from fedoap.simulation.processes import Processes
-from fedoap.study.federation import FederationRun, read_run, run_federation
+from fedoap.study.federation import run_federation
+from fedoap.study.figures import FederationRun, read_run
 from fedoap.tensors import BlobManifest
-from tiny_study import left, no_report, tiny_study
+from tiny_study import left, no_report
 
 FRESH = """
 import sys
@@ -29,17 +30,6 @@ from fedoap.simulation.config import load_simulation
 from fedoap.study.federation import run_federation
 run_federation(load_simulation(Path(sys.argv[1])), Path(sys.argv[2]), lambda *_: None)
 """
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> SimulationConfig:
-    return tiny_study(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def ran(config: SimulationConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FederationRun]:
-    folder = tmp_path_factory.mktemp("ran")
-    return folder, run_federation(config, folder, no_report)
 
 
 @pytest.mark.slow
@@ -70,7 +60,9 @@ def test_what_ran_before_leaves_no_trace(
 ) -> None:
     """Planted bugs: noise from PyTorch's global generator in a step; two threads left by the federation before."""
     folder, run = ran
-    other = config.model_copy(update={"federation": config.federation.model_copy(update={"seed": 6})})
+    rounds = config.federation.rounds.model_copy(update={"count": 1})
+    changed = config.federation.model_copy(update={"seed": 6, "rounds": rounds})
+    other = config.model_copy(update={"federation": changed})
     threads = torch.get_num_threads()
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002 - the one that nothing may depend on
