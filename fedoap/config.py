@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedoap.errors import ConfigError
 from fedoap.fields import PROXY_PATTERN, Endpoint, Fraction, Frozen, Name, Positive
+from fedoap.inputs import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.toml import first_line, load_toml
 
 Attention = Literal["off", "projection", "joint", "gated"]
@@ -67,14 +68,6 @@ class BankConfig(Frozen):
     """Total weight of the bank in the softmax, in tokens: log_weight = log(count / total * mass)."""
     cases_per_site: Annotated[int, Field(ge=1)] = 256
     """At most so many training cases of a site enter one exchange."""
-
-
-class DataConfig(Frozen):
-    """What every site does with an image before the network sees it."""
-
-    size: tuple[int, ...] = (128, 128)
-    """Voxels of the network's input; one number a spatial dimension."""
-    augment: bool = True
 
 
 class TrainingConfig(Frozen):
@@ -170,11 +163,7 @@ class Plan(Frozen):
 
     @model_validator(mode="after")
     def _size_suits_the_network(self) -> Self:
-        size, dimensions, step = self.data.size, self.network.dimensions, 2**self.network.depth
-        if len(size) != dimensions:
-            raise ValueError(f"data.size is {size}, but network.dimensions is {dimensions}")
-        if any(n <= 0 or n % step for n in size):
-            raise ValueError(f"data.size is {size}, but each number must be a multiple of 2**network.depth = {step}")
+        self.data.check(self.network.dimensions, self.network.depth)
         return self
 
     def to_bytes(self) -> bytes:

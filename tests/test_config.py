@@ -106,6 +106,11 @@ def test_a_plan_survives_its_bytes_and_any_change_shows_in_its_digest() -> None:
         ),
         ("[data]\nsize = [128]", "data.size is (128,), but network.dimensions is 2"),
         ("[data]\nsize = [100, 128]", "each number must be a multiple of 2**network.depth = 16"),
+        ("[data]\npatch = [64]", "data.patch is (64,), but network.dimensions is 2"),
+        ("[data]\npatch = [64, 40]", "data.patch is (64, 40), but each number must be a multiple of 2**network.depth"),
+        ("[data]\npatch = [64, 0]", "data.patch is (64, 0), but each number must be a multiple of"),
+        ("[data]\npatch = [64, 144]", "data.patch is (64, 144), but must fit into data.size = (128, 128)"),
+        ("[data]\noverlap = 1", "data.overlap is 1, but input should be less than 1"),
         ('[coordinator]\nbind = "0.0.0.0:7470"', "coordinator.bind is '0.0.0.0:7470', but "),
     ],
 )

@@ -76,14 +76,34 @@ class Draw:
     """Normal numbers (C, *S)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the patches to return lie in images that hold more."""
+
+    size: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+    """First voxel of each item's patch."""
+
+
 def augmented(
-    images: Tensor, labels: Tensor, modality: Modality, *, seed: int, step: int, items: Sequence[int]
+    images: Tensor,
+    labels: Tensor,
+    modality: Modality,
+    *,
+    seed: int,
+    step: int,
+    items: Sequence[int],
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return images (B, C, *S) and masks (B, 1, *S) changed at random, but by (seed, step, item) alone."""
+    """Return images (B, C, *S) and masks (B, 1, *S) changed at random, but by (seed, step, item) alone.
+
+    With `places` patches are returned: each turns about its own middle, and what it lacks then comes from
+    the image around it.
+    """
     strength = STRENGTHS[modality]
-    shape = tuple(images.shape[1:])
+    shape = (images.shape[1], *(images.shape[2:] if places is None else places.size))
     draws = [_draw(stream(seed, "augmentation", step, item), strength, shape) for item in items]
-    images, labels = _moved(images, labels, draws)
+    images, labels = _moved(images, labels, draws, places)
     images = _graded(images, draws)
     return _blurred(images, draws), labels
 
@@ -129,18 +149,31 @@ def _factor(random: np.random.Generator, largest: float) -> float:
     return float(largest ** random.uniform(-1, 1))
 
 
-def _moved(images: Tensor, labels: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def _moved(images: Tensor, labels: Tensor, draws: Sequence[Draw], places: Places | None) -> tuple[Tensor, Tensor]:
+    size = images.shape[2:] if places is None else places.size
     matrices = torch.from_numpy(np.stack([draw.matrix for draw in draws])).to(images)
-    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)  # (B, *S, d)
+    grid = F.affine_grid(matrices, [*images.shape[:2], *size], align_corners=False)  # (B, *S, d)
     bends = np.stack([draw.bend for draw in draws])
     if bends.any():
         mode = "bilinear" if images.dim() == 4 else "trilinear"
-        bend = F.interpolate(torch.from_numpy(bends).to(images), images.shape[2:], mode=mode, align_corners=True)
+        bend = F.interpolate(torch.from_numpy(bends).to(images), size, mode=mode, align_corners=True)
         grid = grid + bend.movedim(1, -1)
+    if places is not None:
+        grid = _in_the_image(grid, places, images)
     # what comes in from outside is the image's darkest value: zero, once that is subtracted
     floor = images.amin(dim=tuple(range(2, images.dim())), keepdim=True)
     both = F.grid_sample(torch.cat([images - floor, labels], dim=1), grid, align_corners=False)
     return both[:, :-1] + floor, (both[:, -1:] >= 0.5).to(labels.dtype)
+
+
+def _in_the_image(grid: Tensor, places: Places, images: Tensor) -> Tensor:
+    """Return normalised coordinates (B, *S, d) of the patches as those of the images around them."""
+    lengths = torch.tensor(images.shape[2:]).to(images)
+    patch, starts = torch.tensor(places.size).to(images), torch.tensor(places.starts).to(images)
+    middle = (2 * starts + patch) / lengths - 1  # (B, d)
+    # grid_sample names the last axis first
+    middle = middle.flip(-1).view(len(grid), *[1] * len(places.size), len(places.size))
+    return grid * (patch / lengths).flip(-1) + middle
 
 
 def _graded(images: Tensor, draws: Sequence[Draw]) -> Tensor:

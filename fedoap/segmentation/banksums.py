@@ -21,6 +21,7 @@ from torch import Tensor
 from fedoap.bank import choose_seeds
 from fedoap.config import Plan, SiteData
 from fedoap.segmentation.datalist import Case
+from fedoap.segmentation.patches import covering
 from fedoap.segmentation.prepared import load_case
 from fedoap.segmentation.streams import stream
 
@@ -58,13 +59,20 @@ class TokenSource:
 
     @torch.no_grad()
     def batches(self) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
-        """Yield cases with their tokens' keys and values, both float32 (B, N, C)."""
+        """Yield cases with their tokens' keys and values, both float32 (B, N, C).
+
+        Where `data.patch` is given they are those of windows that cover the case.
+        """
         cases, size = self.chosen(), self.plan.training.batch_size
+        windows = covering(self.plan.data)
         for start in range(0, len(cases), size):
             some = cases[start : start + size]
             images = torch.stack([load_case(case, self.data, self.plan, self.cache).image for case in some])
-            keys, values = self.network.tokens(images.to(self.device))
-            yield some, keys.float(), values.float()
+            parts = [
+                self.network.tokens(images[(slice(None), slice(None), *window)].to(self.device)) for window in windows
+            ]
+            keys, values = (torch.cat(side, dim=1).float() for side in zip(*parts, strict=True))
+            yield some, keys, values
 
 
 def seed_sums(source: TokenSource, seed: int) -> BankSums:

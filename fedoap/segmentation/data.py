@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fedoap.config import Plan, SiteData
 from fedoap.errors import DataError
-from fedoap.segmentation.augmentation import augmented
+from fedoap.segmentation.augmentation import Places, augmented
 from fedoap.segmentation.datalist import Case
+from fedoap.segmentation.patches import draw_patch
 from fedoap.segmentation.prepared import PreparedCase, load_case
 from fedoap.segmentation.readers import read_label, write_mask
 from fedoap.segmentation.streams import stream
@@ -62,12 +63,14 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return the endless batches from `start_step` on: images (B, C, *S) and masks (B, 1, *S), float32.
 
+    S is `data.patch` where it is given: each item is then a patch of its case, otherwise the whole case.
+
     Every case is prepared, and hence checked, before this returns.
 
     Args:
         cases: The training cases.
         data: How they are read.
-        plan: Gives size, batch size and whether to augment.
+        plan: Gives size, patch, batch size and whether to augment.
         seed: Fixes order and augmentation.
         start_step: The first batch is that of this step.
         cache: Folder of prepared cases.
@@ -159,10 +162,17 @@ def _batches(
     size, n = plan.training.batch_size, len(shelf.cases)
     while True:
         chosen = [shelf[order(seed, step * size + item, n)] for item in items]
-        images = torch.stack([case.image for case in chosen])  # (B, C, *S)
-        labels = torch.stack([case.label for case in chosen if case.label is not None])  # (B, 1, *S)
+        parts = [(case.image, case.label) for case in chosen if case.label is not None]
+        places = None
+        if plan.data.patch is not None:
+            draws = (stream(seed, "patch", step, item) for item in items)
+            patches = [draw_patch(*part, plan.data, draw) for part, draw in zip(parts, draws, strict=True)]
+            parts = [(patch.image, patch.label) for patch in patches]
+            places = Places(plan.data.patch, tuple(patch.start for patch in patches))
+        images = torch.stack([image for image, _ in parts])  # (B, C, *S)
+        labels = torch.stack([label for _, label in parts])  # (B, 1, *S)
         if plan.data.augment:
-            images, labels = augmented(images, labels, data.modality, seed=seed, step=step, items=items)
+            images, labels = augmented(images, labels, data.modality, seed=seed, step=step, items=items, places=places)
         yield images, labels
         step += 1
 

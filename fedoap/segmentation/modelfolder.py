@@ -21,6 +21,7 @@ from fedoap.config import BlobFiles, ModelRecord, Plan
 from fedoap.errors import ConfigError, TensorsError
 from fedoap.params import PERSONAL_PREFIX
 from fedoap.segmentation.network import Bank, FedOAPNet
+from fedoap.segmentation.patches import predict_by_windows
 from fedoap.segmentation.sitemodel import SiteModel
 from fedoap.tensors import BlobManifest, read_blob
 
@@ -40,7 +41,16 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the logits (B, 1, *S) of images (B, C, *S) from anywhere, float32 on the model's device."""
+        """Return the logits (B, 1, *S) of images (B, C, *S) from anywhere, float32.
+
+        They lie on the model's device or, where `data.patch` makes windows of an image, beside the images.
+        """
+        if self.plan.data.patch is None:
+            return self._at_once(image)
+        at_once = self.plan.training.batch_size
+        return predict_by_windows(self._at_once, image, self.plan.data, at_once, self.device)
+
+    def _at_once(self, image: Tensor) -> Tensor:
         with autocast(self.device):
             logits: Tensor = self.network(image.to(self.device), self.bank)
         return logits.float()

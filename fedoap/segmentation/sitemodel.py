@@ -148,8 +148,9 @@ def _check(what: str, name: str, parameter: nn.Parameter, state: Mapping[str, ND
 def _check_bottleneck(plan: Plan) -> None:
     """Refuse an input so small that one voxel is left, which an instance norm would always set to 0."""
     step = 2**plan.network.depth
-    if all(size == step for size in plan.data.size):
+    if all(size == step for size in plan.data.seen):
+        key = "data.patch" if plan.data.patch else "data.size"
         raise ConfigError(
-            f"data.size is {plan.data.size}, but network.depth = {plan.network.depth} leaves one voxel of it; "
+            f"{key} is {plan.data.seen}, but network.depth = {plan.network.depth} leaves one voxel of it; "
             f"double a number or lower the depth"
         )

@@ -138,7 +138,7 @@ def carry_out(job: Job, report: "Report") -> None:
         ).shared_out(rank, ranks)
         outcome = _outcome(job, place)
     except torch.OutOfMemoryError:
-        text = "lower training.batch_size, data.size or network.width"
+        text = "lower training.batch_size, data.patch, data.size or network.width"
         raise TrainingError(f"site {job.site}: {job.kind} needs more GPU memory than there is; {text}") from None
     if outcome is not None:
         metrics = outcome.metrics | {"seconds": time.monotonic() - start}

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,18 @@ class Halves:
         bright = (image > image.mean()).float().view(len(image), 2, -1).mean(2, keepdim=True)
         keys = bright.round() * torch.tensor([1.0, 0.0, 0.0, 0.0])
         return keys, 10 * keys
+
+
+class Voxels:
+    """One token a voxel of any image: its position's number in the case, which is its brightness."""
+
+    def __init__(self) -> None:
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        self.shapes.add(tuple(image.shape[2:]))
+        keys = image.flatten(2).mT.expand(-1, -1, 4)
+        return keys, keys
 
 
 def plan(slots: int = 2, min_patients: int = 1, cases: int = 256, batch: int = 2) -> Plan:
@@ -106,6 +119,23 @@ def test_sums_do_not_depend_on_the_batches(tmp_path: Path, batch: int) -> None:
     sums = seed_sums(source(tmp_path, "abcdefg", plan(batch=batch)), seed=1)
 
     assert sums["counts"].tolist() == [7, 7]
+
+
+def test_patches_bring_all_tokens_of_a_case(tmp_path: Path) -> None:
+    """Three windows of 8 x 4 in 8 x 12, each case counted once a slot. Planted bug: the first window's tokens alone."""
+    network, whole = Voxels(), plan()
+    parted = whole.model_copy(update={"data": DataConfig(size=(8, 12), patch=(8, 4))})
+    cases = replace(source(tmp_path, "aab", parted), network=network)
+
+    ours = bank_sums(cases, CENTROIDS)
+    whole = whole.model_copy(update={"data": DataConfig(size=(8, 12))})
+    theirs = bank_sums(replace(cases, plan=whole), CENTROIDS)
+
+    assert network.shapes == {(8, 4), (8, 12)}
+    assert ours["counts"].sum() == 3 * 96
+    assert {name: values.tolist() for name, values in ours.items()} == {
+        name: pytest.approx(values, rel=1e-6) for name, values in theirs.items()
+    }
 
 
 def test_the_same_seed_gives_the_same_clusters() -> None:

@@ -34,11 +34,18 @@ from fedoap.segmentation.datalist import Case, case_of, load_datalist
 SIZE = (16, 16)
 
 
-def plan(size: tuple[int, ...] = SIZE, *, batch: int = 3, augment: bool = True, channels: int = 1) -> Plan:
+def plan(
+    size: tuple[int, ...] = SIZE,
+    *,
+    batch: int = 3,
+    augment: bool = True,
+    channels: int = 1,
+    patch: tuple[int, ...] | None = None,
+) -> Plan:
     return Plan(
         federation="f",
         network=NetworkConfig(width=4, depth=2, dimensions=2 if len(size) == 2 else 3, in_channels=channels),
-        data=DataConfig(size=size, augment=augment),
+        data=DataConfig(size=size, augment=augment, patch=patch),
         training=TrainingConfig(batch_size=batch),
     )
 
@@ -200,14 +207,32 @@ def test_a_batch_has_the_plans_shape_and_masks_of_zero_and_one(tmp_path: Path) -
     assert set(np.unique(labels)) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_patch_is_what_the_network_sees_of_each_case(tmp_path: Path, *, augment: bool) -> None:
+    """Planted bugs: one generator for all items of a step, and one for all steps, which then show one place."""
+    data = site(tmp_path, 1)
+    settings = plan(batch=8, augment=augment, patch=(8, 4))
+
+    batches = training_batches(load_datalist(data, "training"), data, settings, seed=0)
+    (images, labels), (others, _) = some(batches, 2)
+
+    assert images.shape == labels.shape == (8, 1, 8, 4)
+    assert set(np.unique(labels)) == {0.0, 1.0}
+    assert len(torch.unique(images, dim=0)) > 4
+    assert len(torch.unique(torch.cat([images, others]), dim=0)) > len(torch.unique(images, dim=0))
+
+
 @pytest.mark.parametrize("start", [1, 4])
-def test_a_restart_at_a_step_sees_the_batches_it_would_have_seen(tmp_path: Path, start: int) -> None:
-    """Seen failing with a step left out on the way."""
-    data = site(tmp_path)
+@pytest.mark.parametrize("patch", [None, (8, 12)])
+def test_a_restart_at_a_step_sees_the_batches_it_would_have_seen(
+    tmp_path: Path, start: int, patch: tuple[int, int] | None
+) -> None:
+    """Seen failing with a step left out on the way. Planted bug: patches counted from the process's start."""
+    data, ours = site(tmp_path), plan(patch=patch)
     cases = load_datalist(data, "training")
 
-    whole = some(training_batches(cases, data, plan(), seed=5), 6)
-    rest = some(training_batches(cases, data, plan(), seed=5, start_step=start, cache=tmp_path / "c"), 6 - start)
+    whole = some(training_batches(cases, data, ours, seed=5), 6)
+    rest = some(training_batches(cases, data, ours, seed=5, start_step=start, cache=tmp_path / "c"), 6 - start)
 
     assert same(whole[start:], rest)
 
@@ -232,14 +257,15 @@ def test_another_seed_makes_other_batches(tmp_path: Path) -> None:
     )
 
 
-def test_processes_that_share_a_batch_get_its_items(tmp_path: Path) -> None:
+@pytest.mark.parametrize("patch", [None, (8, 12)])
+def test_processes_that_share_a_batch_get_its_items(tmp_path: Path, patch: tuple[int, int] | None) -> None:
     """Seen failing with the streams numbered by an item's place in its process's part."""
-    data = site(tmp_path)
+    data, ours = site(tmp_path), plan(batch=4, patch=patch)
     cases = load_datalist(data, "training")
-    ((images, labels),) = some(training_batches(cases, data, plan(batch=4), seed=5, start_step=3), 1)
+    ((images, labels),) = some(training_batches(cases, data, ours, seed=5, start_step=3), 1)
 
     for rank in range(2):
-        parts = training_batches(cases, data, plan(batch=4), seed=5, start_step=3, rank=rank, ranks=2)
+        parts = training_batches(cases, data, ours, seed=5, start_step=3, rank=rank, ranks=2)
         part_images, part_labels = next(parts)
         torch.testing.assert_close(part_images, images[rank::2], rtol=1e-5, atol=1e-5)
         assert torch.equal(part_labels, labels[rank::2])

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +137,16 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="PyTorch sees"):
         choose_device("cuda:99")
     assert choose_device("cpu").type == "cpu"
+
+
+def test_a_model_with_patches_answers_for_images_of_any_size_window_by_window(tmp_path: Path) -> None:
+    """Planted bug: the whole image given to the network."""
+    predictor = load_model(model_folder(tmp_path).record, shared=True, device="cpu")
+    data = predictor.plan.data.model_copy(update={"patch": (SIZE // 2, SIZE), "overlap": 0.0})
+    windows = replace(predictor, plan=predictor.plan.model_copy(update={"data": data}))
+
+    upper, lower = image()[:, :, : SIZE // 2], image()[:, :, SIZE // 2 :]
+    logits = windows(image())
+
+    torch.testing.assert_close(logits, torch.cat([predictor(upper), predictor(lower)], dim=2))
+    assert not torch.allclose(logits, predictor(image()))

@@ -220,3 +220,10 @@ def test_an_input_that_leaves_one_voxel_at_the_bottleneck_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="leaves one voxel"):
         SiteModel(small)
+
+
+def test_a_patch_that_leaves_one_voxel_at_the_bottleneck_is_refused() -> None:
+    small = plan().model_copy(update={"data": DataConfig(size=(8, 8), patch=(4, 4))})
+
+    with pytest.raises(ConfigError, match=r"data\.patch is \(4, 4\), but network\.depth = 2 leaves one voxel"):
+        SiteModel(small)
