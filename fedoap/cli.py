@@ -163,18 +163,27 @@ def predict(
 @click.argument("folder", type=FOLDER)
 @click.option("--organ", type=click.Choice(["brain-mr", "liver-ct", "breast-us", "lung-ct"]), required=True)
 @click.option("--size", type=int, nargs=2, default=(64, 64), show_default=True, help="Pixels down and across.")
+@click.option("--slices", type=click.IntRange(1), help="Draw volumes of so many slices, as NIfTI, not pictures.")
 @click.option("--training", type=click.IntRange(1), default=48, show_default=True, help="Cases to train on.")
 @click.option("--validation", type=click.IntRange(1), default=12, show_default=True, help="Cases to choose by.")
 @click.option("--test", type=click.IntRange(1), default=24, show_default=True, help="Cases to measure on.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Fixes every pixel.")
 def phantoms(
-    *, folder: Path, organ: "Organ", size: tuple[int, int], training: int, validation: int, test: int, seed: int
+    *,
+    folder: Path,
+    organ: "Organ",
+    size: tuple[int, int],
+    slices: int | None,
+    training: int,
+    validation: int,
+    test: int,
+    seed: int,
 ) -> None:
     """Draw invented patients with tumours into FOLDER, to try a site without anybody's data."""
     from fedoap.segmentation.phantoms import write_phantoms
 
     counts: dict[Split, int] = {"training": training, "validation": validation, "test": test}
-    click.echo(write_phantoms(folder, organ, counts, size, seed))
+    click.echo(write_phantoms(folder, organ, counts, size if slices is None else (*size, slices), seed))
 
 
 @cli.command(epilog="Example: fedoap report demo")

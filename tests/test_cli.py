@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import pytest
 from click.testing import CliRunner
 
@@ -57,6 +58,7 @@ def test_version_is_the_package_s() -> None:
         (["report", "."], "results.json: no such file"),
         (["phantoms", "p", "--organ", "toe"], "'toe' is not one of"),
         (["phantoms", "p", "--organ", "liver-ct", "--size", "8", "8"], "size is (8, 8)"),
+        (["phantoms", "p", "--organ", "liver-ct", "--slices", "8"], "size is (64, 64, 8), but must be two or three"),
         (["frobnicate"], "No such command 'frobnicate'"),
     ],
 )
@@ -78,6 +80,19 @@ def test_phantoms_are_a_datalist_of_the_sizes_asked_for(tmp_path: Path) -> None:
         "validation": 12,
         "test": 2,
     }
+
+
+def test_phantoms_with_slices_are_volumes(tmp_path: Path) -> None:
+    """Planted bug: the slices left out, which draws pictures."""
+    counts = ("--training", "1", "--validation", "1", "--test", "1")
+    said = _fedoap(
+        "phantoms", "liver", "--organ", "liver-ct", "--size", "32", "48", "--slices", "40", *counts, folder=tmp_path
+    )
+
+    lists = json.loads((tmp_path / said.stdout.strip()).read_text())
+    volume = nibabel.load(tmp_path / "liver" / lists["training"][0]["image"])
+
+    assert volume.shape == (48, 32, 40)
 
 
 def test_a_folder_that_is_no_simulation_s_is_not_overwritten(tmp_path: Path) -> None:
