@@ -24,6 +24,8 @@ from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
 from fedoap.robust import median, outlier, trimmed_mean
 from fedoap.seal import SealedFile
+from fedoap.server import Average, Server, advance, first_moments
+from fedoap.strategies import server_of
 from fedoap.tensors import (
     ITEM_BYTES,
     BlobManifest,
@@ -39,6 +41,9 @@ from fedoap.tensors import (
 
 SLICE_VALUES = 1 << 18
 """Values that are in memory at once: a chunk of float32, 2 MiB as float64."""
+KEPT_PREFIX = "server."
+"""Starts the names of what the coordinator keeps of a model under a server optimizer with moments: for every
+weight a tensor with one axis more, at the end, on which the weight itself and its moments stand side by side."""
 MATRIX_SLICES = 8
 """So many slices of float32 values hold those of all sites together, for rules that sort them: 8 MiB."""
 
@@ -51,28 +56,28 @@ def merge_models(
     *,
     slice_values: int = SLICE_VALUES,
 ) -> BlobManifest:
-    """Write base + server_learning_rate * (mean of the updates - base) as float32 and return its manifest.
+    """Write what follows from the base and the mean of the updates, as float32, and return its manifest.
 
-    With another `strategy.rule` the median or trimmed mean stands in the mean's place (`fedoap.robust`).
-    The mean is weighted as `strategy.weighting` says (McMahan et al. 2017, arXiv:1602.05629, and for
-    rates other than 1 the pseudo-gradient of Reddi et al. 2021, arXiv:2003.00295). It is computed as
-    (1 - rate) * base + rate * mean: at a rate of 1 that is the mean to the last bit.
+    How is the strategy's server optimizer's business (`fedoap.server`). One without moments leaves the
+    weights. One with moments leaves them too, under names that start with `KEPT_PREFIX`: `published` takes
+    the weights out of that. The base may be either: moments that are not there start afresh. With another
+    `strategy.rule` the median or trimmed mean stands in the mean's place (`fedoap.robust`). The mean is
+    weighted as `strategy.weighting` says (McMahan et al. 2017, arXiv:1602.05629).
 
     Raises:
         UpdateError: naming the site whose update does not fit the base, or lies too far from it.
         TensorsError: there is no update, a file does not fit its manifest, or a tensor has no finite mean.
     """
     ordered = sorted(updates, key=lambda update: update[1].site)
-    _check_updates(ordered, *base)
+    old = _Base(*base, server_of(strategy))
+    _check_updates(ordered, base[0], old.weights)
     sources = {manifest.site: _Source(path, manifest.blob) for path, manifest in ordered}
-    old = _Source(*base)
     if strategy.max_norm_ratio is not None:
         _check_distances(_distances(sources, old), strategy.max_norm_ratio)
     weighted = [(sources[manifest.site], site_weight(manifest, strategy)) for _, manifest in ordered]
-    rate = strategy.server_learning_rate
     with BlobWriter(output) as writer:
-        for spec in base[1].tensors:
-            writer.begin(TensorSpec(spec.name, "float32", spec.shape))
+        for spec in old.weights:
+            writer.begin(_kept_spec(spec, old.moments))
         for start, stop in _slices(old.values, _slice_values(strategy, len(sources), slice_values)):
             match strategy.rule:
                 case "mean":
@@ -81,11 +86,22 @@ def merge_models(
                     mean = median(_rows(weighted, start, stop))
                 case "trimmed_mean":
                     mean = trimmed_mean(_rows(weighted, start, stop), strategy.trimmed(len(weighted)))
-            new = _step(old, start, stop, mean, rate)
-            finite = np.isfinite(new)
+            new = _step(old, start, stop, mean)
+            finite = np.isfinite(new).reshape(stop - start, -1).all(1)
             if not finite.all():
                 raise TensorsError(f"{old.name(start + int(np.argmin(finite)))}: the updates' mean is not finite")
             writer.write(new)
+    return writer.manifest
+
+
+def published(path: Path, kept: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
+    """Write the weights of a blob that `merge_models` wrote, without moments, as `dtype`; return their manifest."""
+    source, columns = _Source(path, kept), _columns(kept)
+    with BlobWriter(output) as writer:
+        for spec in map(_weights_of, kept.tensors):
+            writer.begin(TensorSpec(spec.name, dtype, spec.shape))
+        for start, stop in _slices(source.values // columns, SLICE_VALUES // columns):
+            writer.write(source.read(start * columns, stop * columns)[::columns])
     return writer.manifest
 
 
@@ -237,13 +253,68 @@ def _runs(manifest: BlobManifest) -> list[_Run]:
     return runs
 
 
-def _check_updates(updates: Sequence[tuple[Path | SealedFile, UploadManifest]], path: Path, base: BlobManifest) -> None:
+class _Base:
+    """The weights that the sites started from, and the moments that stand beside them or start afresh."""
+
+    def __init__(self, path: Path, manifest: BlobManifest, server: Server) -> None:
+        self.server = server
+        self.weights = tuple(map(_weights_of, manifest.tensors))
+        self._source = _Source(path, manifest)
+        self._columns = _columns(manifest)
+        self._first = np.array(first_moments(server), np.float32)[:, None]  # (moments, 1)
+        if self._columns not in (1, 1 + self.moments):
+            wanted = f"but the strategy's server optimizer has {self.moments}"
+            raise TensorsError(f"{path}: has {self._columns - 1} moments, {wanted}")
+
+    @property
+    def moments(self) -> int:
+        """How many stand beside each weight once it was merged."""
+        return len(self._first)
+
+    @property
+    def values(self) -> int:
+        """How many weights there are."""
+        return self._source.values // self._columns
+
+    def name(self, value: int) -> str:
+        """Return the name of the tensor that holds a weight."""
+        return self._source.name(value * self._columns).removeprefix(KEPT_PREFIX)
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return weights and moments [start, stop), a row each."""
+        columns = self._columns
+        rows = self._source.read(start * columns, stop * columns).reshape(-1, columns).T
+        if columns > 1 or not self.moments:
+            return rows
+        return np.concatenate([rows, np.broadcast_to(self._first, (self.moments, stop - start))])
+
+
+def _columns(manifest: BlobManifest) -> int:
+    """Return how many values stand side by side for each weight: itself and, in a blob that is kept, its moments."""
+    return next((spec.shape[-1] for spec in manifest.tensors if spec.name.startswith(KEPT_PREFIX)), 1)
+
+
+def _kept_spec(weights: TensorSpec, moments: int) -> TensorSpec:
+    if not moments:
+        return TensorSpec(weights.name, "float32", weights.shape)
+    return TensorSpec(KEPT_PREFIX + weights.name, "float32", (*weights.shape, 1 + moments))
+
+
+def _weights_of(spec: TensorSpec) -> TensorSpec:
+    if not spec.name.startswith(KEPT_PREFIX):
+        return spec
+    return TensorSpec(spec.name.removeprefix(KEPT_PREFIX), spec.dtype, spec.shape[:-1])
+
+
+def _check_updates(
+    updates: Sequence[tuple[Path | SealedFile, UploadManifest]], path: Path, base: Sequence[TensorSpec]
+) -> None:
     if not updates:
         raise TensorsError(f"{path}: no update to merge")
-    whole = [spec.name for spec in base.tensors if spec.dtype == "int64"]
+    whole = [spec.name for spec in base if spec.dtype == "int64"]
     if whole:
         raise TensorsError(f"{path}: {whole[0]} is int64, but only floats have a mean")
-    table = [(spec.name, spec.shape) for spec in base.tensors]
+    table = [(spec.name, spec.shape) for spec in base]
     sites = [manifest.site for _, manifest in updates]
     for _, manifest in updates:
         if sites.count(manifest.site) > 1:
@@ -287,11 +358,11 @@ def _rows(sources: Sequence[tuple[_Source, float]], start: int, stop: int) -> ND
     return rows
 
 
-def _distances(sources: Mapping[str, _Source], old: _Source) -> dict[str, float]:
+def _distances(sources: Mapping[str, _Source], old: _Base) -> dict[str, float]:
     """Return each site's L2 distance from the base over all that is shared, in one pass over every file."""
     squares = dict.fromkeys(sources, 0.0)
     for start, stop in _slices(old.values, SLICE_VALUES):
-        before = old.read(start, stop).astype(np.float64)
+        before = old.read(start, stop)[0].astype(np.float64)
         for site, source in sources.items():
             change = source.read(start, stop) - before
             squares[site] += float(np.square(change, out=change).sum())
@@ -309,9 +380,11 @@ def _check_distances(distances: Mapping[str, float], ratio: float) -> None:
         )
 
 
-def _step(base: _Source, start: int, stop: int, mean: NDArray[np.float64], rate: float) -> NDArray[np.float32]:
-    if rate != 1.0:  # else the base does not count, and need not be read
-        mean *= rate
-        mean += (1.0 - rate) * base.read(start, stop).astype(np.float64)
-    with np.errstate(over="ignore"):
-        return mean.astype(np.float32)
+def _step(old: _Base, start: int, stop: int, mean: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the next weights, or weights and moments side by side, as they are written."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if old.server == Average():  # the base does not count, and need not be read
+            return mean.astype(np.float32)
+        before = old.read(start, stop).astype(np.float64)
+        x, moments = advance(old.server, before[0], mean, before[1:])
+        return np.concatenate([x[None], moments]).T.astype(np.float32)

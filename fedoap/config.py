@@ -118,10 +118,16 @@ class StrategyConfig(Frozen):
     """Share of the values that `trimmed_mean` cuts at each end."""
     max_norm_ratio: Annotated[float, Field(ge=1)] | None = None
     """An update farther from the model than so many times the sites' median distance does not count."""
-    server_learning_rate: Positive = 1.0
-    """Step along the mean of the sites' changes; 1 is plain averaging."""
-    proximal: Annotated[float, Field(ge=0)] = 0.0
-    """mu of mu/2 ||w_personal - w_shared||^2, which holds personal parts near their shared twins."""
+    server_learning_rate: Positive | None = None
+    """eta of the server optimizer (`fedoap.server`); this and all below are the strategy's own where not given."""
+    server_beta1: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the server optimizer's first moment."""
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the server optimizer's second moment."""
+    server_tau: Positive | None = None
+    """tau of the server optimizer, which keeps its steps from growing where changes are small."""
+    proximal: Annotated[float, Field(ge=0)] | None = None
+    """mu of mu/2 ||w - w_t||^2, which holds a site's parameters near the shared weights that the round began with."""
 
     @model_validator(mode="after")
     def _robust_rules_count_alike(self) -> Self:

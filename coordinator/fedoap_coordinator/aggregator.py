@@ -15,13 +15,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fedoap.aggregation import convert, merge_models
+from fedoap.aggregation import convert, merge_models, published
 from fedoap.bank import merge_bank
 from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.fields import Frozen
 from fedoap.heap import keep_freed_memory
 from fedoap.seal import SealedFile
+from fedoap.server import first_moments
+from fedoap.strategies import server_of
 from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
 
 RESULT = "result.json"
@@ -55,7 +57,7 @@ class MergeJob(Frozen):
     plan: Plan
     updates: tuple[MergeUpdate, ...]
     model: MergeBase | None = None
-    """The float32 weights that the sites started from."""
+    """The float32 weights that the sites started from, and the server optimizer's moments if there are any."""
     bank: MergeBase | None = None
     output: Path
 
@@ -65,7 +67,8 @@ class MergeResult(Frozen):
 
     blob: str
     master: str = ""
-    """Of the float32 original, where the blob is rounded to the wire's dtype."""
+    """Of what the coordinator keeps to itself, where it is more than the blob: the float32 original of a blob
+    that is rounded to the wire's dtype, and the server optimizer's moments."""
 
 
 def merge(job: MergeJob, secret: bytes | None) -> MergeResult:
@@ -91,11 +94,11 @@ def merge(job: MergeJob, secret: bytes | None) -> MergeResult:
             exact = convert(source, first.blob, master, "float32")
             return MergeResult(blob=first.blob.pack().hex(), master=exact.pack().hex())
         case "train" if job.model:
-            if job.plan.wire.dtype == "float32":
+            if job.plan.wire.dtype == "float32" and not first_moments(server_of(job.plan.strategy)):
                 return MergeResult(blob=merge_models(updates, job.model.pair, job.plan.strategy, blob).pack().hex())
             exact = merge_models(updates, job.model.pair, job.plan.strategy, master)
-            rounded = convert(master, exact, blob, job.plan.wire.dtype)
-            return MergeResult(blob=rounded.pack().hex(), master=exact.pack().hex())
+            sent = published(master, exact, blob, job.plan.wire.dtype)
+            return MergeResult(blob=sent.pack().hex(), master=exact.pack().hex())
         case _:
             raise StorageError(f"aggregation: {job.kind} without a model makes no result")
 

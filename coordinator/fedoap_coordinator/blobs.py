@@ -48,7 +48,7 @@ class Blobs:
         return blob_files(self._state, blob)
 
     def master(self, blob: bytes) -> BlobFiles:
-        """Return where the float32 original of a rounded blob lies."""
+        """Return where the original of a blob lies: float32 weights, and moments if there are any."""
         return exact_files(self._state, blob)
 
     def keep_parts(self, needed: frozenset[bytes]) -> None:
@@ -213,6 +213,6 @@ def blob_files(state: Path, blob: bytes) -> BlobFiles:
 
 
 def exact_files(state: Path, blob: bytes) -> BlobFiles:
-    """Return where the float32 original of a rounded blob lies in a state folder."""
+    """Return where the original of a blob lies in a state folder: float32 weights, and moments if there are any."""
     path = state / BLOBS / f"{blob.hex()}.master"
     return BlobFiles(blob=path, manifest=path.with_name(f"{path.name}.manifest"))

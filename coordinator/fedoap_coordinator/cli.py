@@ -16,7 +16,7 @@ import fedoap
 from fedoap.config import FederationConfig, load_federation
 from fedoap.errors import ConfigError, DiskError, FedoapError
 from fedoap.identity import SECRET_BYTES, fingerprint, read_private, signing_keys
-from fedoap.strategies import personal_parts
+from fedoap.strategies import check_federated
 from fedoap_coordinator import reports
 from fedoap_coordinator.enrolment import SECONDS_PER_HOUR, Enrolment, check_site
 from fedoap_coordinator.folder import Keys, is_local, open_ledger, prepare, running
@@ -200,7 +200,7 @@ def _load(context: click.Context, path: Path | None) -> FederationConfig:
         raise click.UsageError("name the configuration: --config fed.toml")
     config = load_federation(chosen)
     try:
-        personal_parts(config.strategy)
+        check_federated(config.strategy)
     except ConfigError as error:
         raise ConfigError(f"{chosen}: {error}") from None
     return config

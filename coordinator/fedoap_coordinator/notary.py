@@ -10,6 +10,7 @@ from fedoap.aggregation import site_weight
 from fedoap.chain import Outcome, RoundRecord, Weighed
 from fedoap.config import Plan
 from fedoap.identity import ROUND_CONTEXT, sign
+from fedoap.strategies import server_words
 from fedoap.tensors import TaskKind, TaskManifest, UploadManifest
 
 
@@ -90,6 +91,8 @@ def rule(kind: TaskKind, plan: Plan) -> str:
     >>> from fedoap.config import StrategyConfig
     >>> rule("train", Plan(federation="demo", strategy=StrategyConfig(rule="median", max_norm_ratio=3)))
     'median, weighting uniform, server_learning_rate 1.0, max_norm_ratio 3.0'
+    >>> rule("train", Plan(federation="demo", strategy=StrategyConfig(name="fedavgm")))
+    'mean, weighting uniform, server fedavgm, server_learning_rate 1.0, server_beta1 0.9'
     """
     match kind:
         case "init":
@@ -102,8 +105,7 @@ def rule(kind: TaskKind, plan: Plan) -> str:
             strategy = plan.strategy
             trim = f", trim_fraction {strategy.trim_fraction}" if strategy.rule == "trimmed_mean" else ""
             bound = f", max_norm_ratio {strategy.max_norm_ratio}" if strategy.max_norm_ratio is not None else ""
-            rate = strategy.server_learning_rate
-            return f"{strategy.rule}{trim}, weighting {strategy.weighting}, server_learning_rate {rate}{bound}"
+            return f"{strategy.rule}{trim}, weighting {strategy.weighting}, {server_words(strategy)}{bound}"
 
 
 def _weighed(uploads: Iterable[Committed], kind: TaskKind | None, plan: Plan) -> tuple[Weighed, ...]:

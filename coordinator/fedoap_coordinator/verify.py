@@ -288,7 +288,7 @@ class _Desk:
                 raise Gone(row.task.hex()) from None
             yield f"cannot be made anew: {said(error)}"
             return
-        for new, old, what in ((made, published.manifest, ""), (exact, published.exact, "float32 original of ")):
+        for new, old, what in ((made, published.manifest, ""), (exact, published.exact, "original of ")):
             if (new.pack() if new else b"") != old:
                 where = first_difference(new, BlobManifest.unpack(old)) if new and old else "one of them is missing"
                 yield f"its {len(uploads)} uploads do not make the {what}result {_short(row.result)}: {where}"

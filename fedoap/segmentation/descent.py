@@ -138,8 +138,8 @@ class Descent:
 
     loss: Loss
     optimizer: SiteOptimizer
-    amend: Callable[[], None] = lambda: None
-    """What is done to the gradients before they are clipped."""
+    amend: Callable[[int], None] = lambda _: None
+    """What is done to the gradients before they are clipped, at a step of the site's course."""
 
 
 def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Descent) -> float:
@@ -156,7 +156,7 @@ def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Desce
         # DistributedDataParallel averages over processes, whose parts of a batch may differ in size
         share = len(image) * place.ranks / place.plan.training.batch_size
         torch.autograd.backward([loss * share if place.ranks > 1 else loss])
-        descent.amend()
+        descent.amend(step)
         descent.optimizer.step(stretch.rate(step))
         total += loss.detach()
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == stretch.count:

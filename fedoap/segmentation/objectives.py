@@ -29,12 +29,12 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_proximal_gradient(parameters: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> None:
-    """Add mu (w - w_shared), the gradient of mu/2 ||w - w_shared||^2, to the gradients that there are.
+    """Add mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients that there are.
 
-    The term is that of Ditto (Li et al. 2021, eq. 2, arXiv:2012.04221) and FedProx (Li et al. 2020,
-    eq. 2, arXiv:1812.06127); here w are the personal parts alone, and w_shared are their shared twins
-    as the round began. A parameter without gradient took no part in the step and is left alone.
+    The term is that of FedProx (Li et al. 2020, eq. 2, arXiv:1812.06127) and Ditto (Li et al. 2021, eq. 2,
+    arXiv:2012.04221); w_t are the shared weights as the round began. A parameter without gradient took no
+    part in the step and is left alone.
     """
-    for w, w_shared in zip(parameters, anchors, strict=True):
+    for w, w_t in zip(parameters, anchors, strict=True):
         if w.grad is not None:
-            w.grad.add_(w - w_shared, alpha=mu)
+            w.grad.add_(w - w_t, alpha=mu)

@@ -47,6 +47,9 @@ class SiteModel(nn.Module):
         self.personal = FedOAPNet(plan.network, seed=plan.seed, tied=not is_personal(_QUERY_BRANCH, parts))
         if plan.strategy.personal is not None:
             check_matches(_names(self.personal), parts)
+        if parts and not any(is_personal(name, parts) for name in _names(self.personal)):
+            kept = ", ".join(parts)
+            raise ConfigError(f"strategy.name is {plan.strategy.name}, which keeps {kept}: this network has none of it")
         self._twins = self._tie(parts)
         self.reset_personal()
 

@@ -9,10 +9,11 @@ from fedoap.segmentation.descent import Descent, Metrics, Progress, Stretch, Wor
 from fedoap.segmentation.evaluation import mean_dice
 from fedoap.segmentation.modelfolder import Predictor, autocast
 from fedoap.segmentation.network import Bank
-from fedoap.segmentation.objectives import add_proximal_gradient, segmentation_loss
+from fedoap.segmentation.objectives import segmentation_loss
 from fedoap.segmentation.optimizer import SiteOptimizer, round_rate
 from fedoap.segmentation.sitemodel import SiteModel
-from fedoap.strategies import shared_path_fraction
+from fedoap.segmentation.terms import amendment
+from fedoap.strategies import shared_path_fraction, terms
 
 
 def site_optimizer(model: SiteModel, place: Workplace) -> SiteOptimizer:
@@ -26,19 +27,16 @@ def train_round(
     """Take the steps of round `number` (from 1) and return `loss`, its mean, and `dice_validation` after them.
 
     Of all the steps of a site's course the fraction rho, evenly spread, trains the shared path; the bank
-    is constant. Where `strategy.proximal` says so, personal parameters are pulled towards their shared
-    twins as they were at the start of the round.
+    is constant. The strategy's terms amend the gradients.
 
     Raises:
         DataError: a case is wrong.
         TrainingError: the loss is no longer finite.
     """
-    training, mu = place.plan.training, place.plan.strategy.proximal
+    training, strategy = place.plan.training, place.plan.strategy
     first = (number - 1) * training.steps_per_round
-    rho = shared_path_fraction(place.plan.strategy, training.shared_path_fraction)
+    rho = shared_path_fraction(strategy, training.shared_path_fraction)
     network = place.parallel(model)
-    twins = list(model.twins()) if mu > 0 else []
-    anchors = [twin.detach().clone() for _, _, twin in twins]
 
     def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
         path = "shared" if takes_shared_path(step, rho) else "personal"
@@ -46,12 +44,9 @@ def train_round(
             logits = network(image, bank, path=path)
         return segmentation_loss(logits, mask)
 
-    def pull() -> None:
-        add_proximal_gradient([own for _, own, _ in twins], anchors, mu)
-
     count = training.steps_per_round
     stretch = Stretch("train", first, count, lambda step: round_rate(training, number, step - first), 0, count)
-    mean = descend(place, place.batches(first), stretch, Descent(loss, optimizer, pull))
+    mean = descend(place, place.batches(first), stretch, Descent(loss, optimizer, amendment(terms(strategy), model)))
     if not place.leads:
         return {}
     dice = validation_dice(Predictor(place.plan, model, bank, place.device), place)

@@ -21,7 +21,7 @@ from fedoap_coordinator.cli import cli
 from fedoap_coordinator.folder import open_ledger, prepare
 from fedoap_coordinator.ledger import Value
 from fedoap_coordinator.verify import Verdict, verify
-from ran_federation import Ran, config_of, run_federation
+from ran_federation import VALUES, Ran, config_of, run_federation
 
 COLUMNS = {
     "facts": ("name", "value"),
@@ -111,6 +111,25 @@ def test_a_run_by_the_median_under_a_norm_bound_is_verified_too(tmp_path: Path) 
     run_federation(config_of(tmp_path).model_copy(update={"strategy": strategy}))
 
     assert faults(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam"])
+def test_a_run_with_moments_is_verified_and_a_flipped_bit_of_a_moment_is_found(
+    tmp_path: Path, name: str, dtype: Dtype
+) -> None:
+    """Planted bugs: moments made anew from nothing; what the coordinator keeps to itself not looked at."""
+    run_federation(config_of(tmp_path, dtype).model_copy(update={"strategy": StrategyConfig(name=name)}))
+    assert faults(tmp_path) == []
+    kept = [path for path in (tmp_path / "blobs").glob("*.master") if path.stat().st_size > 2 * 4 * VALUES]
+
+    for path in kept:
+        flip_in_file(path, 8 * path.stat().st_size - 1)
+
+        assert all(path.name in fault for fault in faults(tmp_path))
+        assert faults(tmp_path)
+        flip_in_file(path, 8 * path.stat().st_size - 1)
+    assert len(kept) == 2
 
 
 def test_a_flipped_bit_in_any_file_of_a_blob_or_manifest_is_found_there(copy: Path) -> None:
@@ -242,9 +261,7 @@ def test_a_result_that_the_uploads_do_not_make_is_found_although_all_is_signed(
     """Planted bug: no recomputation. Whoever has the federation's key can sign a model that nobody trained."""
     ran = Ran(config_of(tmp_path))
     ran.exchange("init", 0)
-    monkeypatch.setattr(
-        "fedoap.aggregation._step", lambda _base, _start, _stop, mean, _rate: (mean * 1.0001).astype("<f4")
-    )
+    monkeypatch.setattr("fedoap.aggregation._step", lambda _old, _start, _stop, mean: (mean * 1.0001).astype("<f4"))
     ran.exchange("train", 1)
     monkeypatch.undo()
     ran.close_files()

@@ -8,6 +8,7 @@ from fedoap.config import Attention, DataConfig, NetworkConfig, Plan, StrategyCo
 from fedoap.errors import ConfigError, TensorsError
 from fedoap.segmentation.network import Bank
 from fedoap.segmentation.sitemodel import ModelPath, SiteModel
+from fedoap.strategies import STRATEGIES
 
 
 def plan(strategy: str = "fedoap", attention: Attention = "joint", personal: tuple[str, ...] | None = None) -> Plan:
@@ -56,7 +57,7 @@ def test_the_shared_set_is_complete_plain_and_sorted() -> None:
 
 
 def test_the_shared_set_is_the_same_under_every_strategy() -> None:
-    states = [SiteModel(plan(name)).shared_state() for name in ("fedoap", "fedavg", "local")]
+    states = [SiteModel(plan(name)).shared_state() for name in STRATEGIES]
 
     for state in states[1:]:
         assert list(state) == list(states[0])

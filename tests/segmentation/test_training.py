@@ -12,6 +12,7 @@ from fedoap.segmentation.network import Bank
 from fedoap.segmentation.optimizer import SiteOptimizer
 from fedoap.segmentation.sitemodel import SiteModel, State
 from fedoap.segmentation.training import site_optimizer, takes_shared_path, train_round
+from fedoap.strategies import STRATEGIES
 
 
 def training(steps: int = 12, rho: float = 0.25, rate: float = 5e-3, clip: float = 1.0) -> TrainingConfig:
@@ -179,7 +180,7 @@ def test_the_bank_is_read_and_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_every_strategy_and_kind_of_attention_trains(tmp_path: Path) -> None:
-    for strategy in ("fedoap", "fedavg", "local"):
+    for strategy in STRATEGIES:
         for attention in ("off", "projection", "joint", "gated"):
             network = easy_plan().network.model_copy(update={"attention": attention})
             name = StrategyConfig(name=strategy)

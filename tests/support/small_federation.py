@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from easy_site import write_easy_site
-from fedoap.aggregation import merge_models
+from fedoap.aggregation import merge_models, published
 from fedoap.bank import BankKind, merge_bank
 from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
@@ -26,18 +26,21 @@ class SmallFederation:
     folder: Path
     plan: Plan
     model: Path | None = None
+    kept: Path | None = None
+    """What the coordinator keeps of the model: weights, and moments beside them."""
     bank: Path | None = None
     personal: dict[str, Path] = field(default_factory=dict)
 
     def run(self) -> Weights:
         """Return the shared weights after the last round and, under `SITE.`, each site's calibrated ones."""
         (first,) = self._exchange("init", 0, SITES[:1])
-        self.model = first[0]
+        self.model = self.kept = first[0]
         for number in range(1, self.plan.rounds + 1):
             if number > 1:
                 self._refresh(number)
             updates = self._exchange("train", number)
-            self.model = self._merged(number, updates)
+            self.kept = self._merged(number, updates)
+            self.model = self._published(number, self.kept)
         self._refresh(self.plan.rounds + 1)
         self._exchange("calibrate", self.plan.rounds + 1)
         return _read(self._known(self.model)) | {
@@ -45,6 +48,8 @@ class SmallFederation:
         }
 
     def _refresh(self, number: int) -> None:
+        if not self.plan.network.has_bank:
+            return
         kind: BankKind = "seed" if self.bank is None else "bank"
         previous = None if self.bank is None else (self.bank, _manifest(self.bank))
         output = self.folder / f"bank{number}.blob"
@@ -54,8 +59,14 @@ class SmallFederation:
         self.bank = output
 
     def _merged(self, number: int, updates: list[tuple[Path, UploadManifest]]) -> Path:
-        base, output = self._known(self.model), self.folder / f"model{number}.blob"
+        base, output = self._known(self.kept), self.folder / f"kept{number}.blob"
         manifest = merge_models(updates, (base, _manifest(base)), self.plan.strategy, output)
+        output.with_suffix(".manifest").write_bytes(manifest.pack())
+        return output
+
+    def _published(self, number: int, kept: Path) -> Path:
+        output = self.folder / f"model{number}.blob"
+        manifest = published(kept, _manifest(kept), output, "float32")
         output.with_suffix(".manifest").write_bytes(manifest.pack())
         return output
 
