@@ -111,6 +111,11 @@ STRATEGIES: Mapping[str, Strategy] = {
         personal=("all",),
         only_in_studies="it federates nothing: `fedoap simulate` trains each site alone where local_only is true",
     ),
+    "pooled": Strategy(
+        title="Pooled: one network on all sites' images, then calibrated at each site",
+        source="the upper bound that every federated method is held against",
+        only_in_studies="it takes all images to one place: only studies of images that are in one place anyway do that",
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from fedoap.segmentation.evaluation import evaluate, mean_dice
 from fedoap.segmentation.modelfolder import Predictor, autocast
 from fedoap.segmentation.network import Bank, FedOAPNet
 from fedoap.segmentation.objectives import SMOOTH, segmentation_loss
-from fedoap.segmentation.optimizer import SiteOptimizer, cosine_rate, round_rate
+from fedoap.segmentation.optimizer import SiteOptimizer, cosine_rate, course_rate
 from fedoap.segmentation.sitemodel import SiteModel
 
 
@@ -64,12 +64,9 @@ def train_alone(place: Workplace) -> tuple[FedOAPNet, Metrics]:
     network = SiteModel(alone_plan(place.plan)).personal.to(place.device)
     loss, batches = _plain_loss(place.parallel(network), place), place.batches(0)
 
-    def rate(step: int) -> float:
-        number, rest = divmod(step, training.steps_per_round)
-        return round_rate(training, number + 1, rest)
-
     optimizer = SiteOptimizer(dict(network.named_parameters()), training)
-    mean = descend(place, batches, Stretch("local", 0, steps, rate, 0, steps + more), Descent(loss, optimizer))
+    rounds = Stretch("local", 0, steps, lambda step: course_rate(training, step), 0, steps + more)
+    mean = descend(place, batches, rounds, Descent(loss, optimizer))
     stretch = Stretch("local", steps, more, _calibration_rate(place), steps, steps + more)
     looks = _fine_tune(Predictor(place.plan, network, None, place.device), loss, place, batches, stretch)
     return network, {

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Self, TypeAlias
 
@@ -140,6 +141,8 @@ class Descent:
     optimizer: SiteOptimizer
     amend: Callable[[int], None] = lambda _: None
     """What is done to the gradients before they are clipped, at a step of the site's course."""
+    parts: int = 1
+    """So many batches make a step: it goes along the mean of their gradients."""
 
 
 def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Descent) -> float:
@@ -149,16 +152,17 @@ def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Desce
         TrainingError: the loss is no longer finite.
     """
     total = torch.zeros((), dtype=torch.float64, device=place.device)
-    for index, (image, mask) in zip(range(stretch.count), batches, strict=False):
+    for index in range(stretch.count):
         step = stretch.first + index
-        loss = descent.loss(image.to(place.device), mask.to(place.device), step)
         descent.optimizer.zero()
-        # DistributedDataParallel averages over processes, whose parts of a batch may differ in size
-        share = len(image) * place.ranks / place.plan.training.batch_size
-        torch.autograd.backward([loss * share if place.ranks > 1 else loss])
+        for image, mask in islice(batches, descent.parts):
+            loss = descent.loss(image.to(place.device), mask.to(place.device), step)
+            # DistributedDataParallel averages over processes, whose parts of a batch may differ in size
+            share = len(image) * place.ranks / place.plan.training.batch_size if place.ranks > 1 else 1.0
+            torch.autograd.backward([loss * (share / descent.parts)])
+            total += loss.detach() / descent.parts
         descent.amend(step)
         descent.optimizer.step(stretch.rate(step))
-        total += loss.detach()
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == stretch.count:
             _check(place, stretch, index + 1, total.item() / (index + 1))
     return total.item() / max(1, stretch.count)

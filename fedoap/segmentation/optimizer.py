@@ -35,6 +35,12 @@ def round_rate(config: TrainingConfig, number: int, step: int) -> float:
     return cosine_rate(config.learning_rate, position, period)
 
 
+def course_rate(config: TrainingConfig, step: int) -> float:
+    """Return the learning rate of step `step` (from 0) of all rounds."""
+    number, rest = divmod(step, config.steps_per_round)
+    return round_rate(config, number + 1, rest)
+
+
 def cosine_rate(rate: float, step: int, steps: int) -> float:
     """Return the learning rate of step `step` (from 0) of one cosine from `rate` towards 0.
 
