@@ -189,18 +189,30 @@ def phantoms(
 @cli.command(epilog="Example: fedoap report demo")
 @click.argument("results", type=PRESENT)
 @click.option("--output", "-o", type=FILE, help="The page.  [default: report.html beside the results]")
-def report(*, results: Path, output: Path | None) -> None:
-    """Write one HTML page that needs no other file, of a simulation's folder or of RESULTS as JSON.
+@click.option("--markdown", type=FOLDER, help="Leave a study's page here as Markdown, its figures as SVG.")
+def report(*, results: Path, output: Path | None, markdown: Path | None) -> None:
+    """Write one HTML page that needs no other file, of a simulation's or study's folder or of RESULTS as JSON.
 
     RESULTS may also be what `fedoap-coordinator results --json` prints. Pictures are taken from the
     folder evaluation/ beside it: NAME.json and NAME/, as `fedoap evaluate` leaves them with --json and
     --pictures.
     """
     from fedoap.report.page import write_report
+    from fedoap.report.study import is_study, write_study_markdown, write_study_report
 
+    if markdown:
+        if output:
+            raise click.UsageError("give either --output or --markdown")
+        if not is_study(results):
+            raise click.UsageError(f"--markdown needs the folder of a study, but {results} holds no cases.csv")
+        click.echo(write_study_markdown(results, markdown))
+        return
     file = results / "results.json" if results.is_dir() else results
     page = output or file.with_name("report.html")
-    write_report(file, page)
+    if is_study(results):
+        write_study_report(results, page)
+    else:
+        write_report(file, page)
     click.echo(page)
 
 

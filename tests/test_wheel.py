@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_three_packages_and_what_they_read(wheel: Path) -> N
         "fedoap_coordinator",
         "fedoap_node",
     }
-    for name in ("py.typed", "report/templates/report.html.j2", "simulation/demo.toml"):
+    for name in ("py.typed", "report/templates/report.html.j2", "report/templates/study.md.j2", "simulation/demo.toml"):
         assert f"fedoap/{name}" in names
 
 

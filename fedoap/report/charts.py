@@ -13,6 +13,7 @@ INK = "#010203"
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#eab308", "#06b6d4", "#ec4899")
 STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "fedoap",  # the same figure is the same file
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -35,12 +36,12 @@ def curves(series: Series, label: str, *, top: float | None = None) -> str:
     """Return a line over the rounds for each name; `top` is where the axis ends."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(label)
-        for (name, points), colour in zip(series.items(), _colours(len(series)), strict=True):
+        for (name, points), colour in zip(series.items(), colours(len(series)), strict=True):
             rounds, values = zip(*points, strict=True) if points else ((), ())
             axes.plot(rounds, values, color=colour, marker="o", markersize=3, linewidth=1.5, label=name)
         axes.set_ylim(bottom=0, top=top)
         _legend(axes, len(series))
-        return _svg(figure)
+        return svg(figure)
 
 
 def bars(series: Series, label: str) -> str:
@@ -48,12 +49,12 @@ def bars(series: Series, label: str) -> str:
     with mpl.rc_context(STYLE):
         figure, axes = _figure(label)
         base: dict[float, float] = {}
-        for (name, points), colour in zip(series.items(), _colours(len(series)), strict=True):
+        for (name, points), colour in zip(series.items(), colours(len(series)), strict=True):
             rounds, heights = [x for x, _ in points], [y for _, y in points]
             axes.bar(rounds, heights, bottom=[base.get(x, 0) for x in rounds], color=colour, width=0.7, label=name)
             base |= {x: base.get(x, 0) + y for x, y in points}
         _legend(axes, len(series))
-        return _svg(figure)
+        return svg(figure)
 
 
 def _figure(label: str) -> tuple[Figure, Axes]:
@@ -71,12 +72,14 @@ def _legend(axes: Axes, names: int) -> None:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=min(names, 4), fontsize=8, columnspacing=1.2)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return a figure whose ink is the colour of the text around it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().replace(INK, "currentColor")
     return text[text.index("<svg") :]
 
 
-def _colours(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """Return a colour for each of so many lines; after the eighth they come again."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]

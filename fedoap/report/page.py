@@ -1,6 +1,7 @@
 """`results.json` and its pictures -> `report.html`, which needs nothing else to be read."""
 
 import base64
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,7 @@ def write_report(results_json: Path, page: Path) -> None:
         ConfigError: there are no results, or they have another form.
     """
     results = read_results(results_json)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fedoap.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
+    environment = templates()
     environment.filters |= {"score": _score, "signed": _signed, "duration": _duration, "megabytes": _megabytes}
     html = environment.get_template("report.html.j2").render(
         results=results,
@@ -52,6 +48,23 @@ def write_report(results_json: Path, page: Path) -> None:
         configuration=to_toml(results.plan.model_dump(mode="json")) if results.plan else "",
     )
     page.write_text(html, encoding="utf-8")
+
+
+def templates() -> jinja2.Environment:
+    """Return the templates of all pages; what HTML is given is escaped, and Markdown has a filter for it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fedoap.report"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters["plain"] = _plain
+    return environment
+
+
+def inline(path: Path) -> str:
+    """Return a PNG as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _charts(results: Results) -> list[Chart]:
@@ -109,11 +122,16 @@ def _gallery(folder: Path, site: str) -> list[Picture]:
     pictures = sorted((folder / site).glob("*.png"))
     shown = [(cases[int(path.stem)], path) for path in pictures]
     shown.sort(key=lambda pair: pair[0].dice)
-    return [Picture(_inline(path), f"{case.name}: Dice {_score(case.dice)}") for case, path in shown]
+    return [Picture(inline(path), f"{case.name}: Dice {_score(case.dice)}") for case, path in shown]
 
 
-def _inline(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _plain(text: str) -> str:
+    r"""Return text that Markdown takes as it is, in a table too.
+
+    >>> print(_plain("a|b <script>"))
+    a\|b \<script>
+    """
+    return re.sub(r"([\\|<*`\[])", r"\\\1", text)
 
 
 def _score(value: float | None, digits: int = 3) -> str:

@@ -1,0 +1,30 @@
+"""The best, the median and the worst case of each site, where a study's runs left pictures."""
+
+from collections import defaultdict
+from pathlib import Path
+
+from fedoap.report.page import Picture, inline
+from fedoap.report.pictures import spread
+from fedoap.report.results import EvaluationFile
+
+SHOWN = ("worst", "median", "best")
+
+
+def galleries(runs: Path, variant: str) -> dict[str, list[Picture]]:
+    """Return three pictures of each site, of all the runs of a variant, from what `fedoap evaluate` leaves.
+
+    A run's folder has them as evaluation/SITE.json and evaluation/SITE/NN.png, NN the place of the case. Captions
+    name no case.
+    """
+    found: dict[str, list[tuple[float, Path]]] = defaultdict(list)
+    for figures in sorted(runs.glob(f"{variant}-f*-s*/evaluation/*.json")):
+        cases = EvaluationFile.model_validate_json(figures.read_bytes()).cases
+        for picture in sorted(figures.with_suffix("").glob("*.png")):
+            found[figures.stem].append((cases[int(picture.stem)].dice, picture))
+    return {site: _three(pictures) for site, pictures in sorted(found.items())}
+
+
+def _three(pictures: list[tuple[float, Path]]) -> list[Picture]:
+    chosen = [pictures[place] for place in spread([dice for dice, _ in pictures], len(SHOWN))]
+    names = SHOWN if len(chosen) == len(SHOWN) else ("worst", "best")[: len(chosen)]
+    return [Picture(inline(path), f"{name}: Dice {dice:.3f}") for name, (dice, path) in zip(names, chosen, strict=True)]
