@@ -264,7 +264,7 @@ class _Base:
         self._first = np.array(first_moments(server), np.float32)[:, None]  # (moments, 1)
         if self._columns not in (1, 1 + self.moments):
             wanted = f"but the strategy's server optimizer has {self.moments}"
-            raise TensorsError(f"{path}: has {self._columns - 1} moments, {wanted}")
+            raise TensorsError(f"{path}: {self.weights[0].name} has {self._columns - 1} moments, {wanted}")
 
     @property
     def moments(self) -> int:
