@@ -65,6 +65,24 @@ def load_datalist(data: SiteData, split: Split, *, labelled: bool = True) -> tup
     return splits[split][: data.max_training_cases] if split == "training" else splits[split]
 
 
+def load_all(data: SiteData) -> tuple[tuple[Split, Case], ...]:
+    """Return the labelled cases of all three lists, one list after the other, each with its list; some may be empty.
+
+    Raises:
+        DataError: as for `load_datalist`, or all three are empty.
+    """
+    place, root = data.datalist, data.root if data.root is not None else data.datalist.parent
+    values = _read(place)
+    splits = {name: tuple(_cases(values.get(name, []), name, place, root)) for name in SPLITS}
+    if not any(splits.values()):
+        raise DataError(f"{place}: {', '.join(SPLITS)} are empty, but must list at least one case")
+    _check_files(splits, place)
+    _check_apart(splits, place)
+    for name, cases in splits.items():
+        _check_labels(cases, name, place)
+    return tuple((name, case) for name, cases in splits.items() for case in cases)
+
+
 def case_of(image: Path, label: Path | None = None) -> Case:
     """Return the case that one image, outside any list, makes.
 

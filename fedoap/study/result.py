@@ -1,0 +1,100 @@
+"""`result.json`: the figures of one run, by number; nothing in it names a patient, an image or a path."""
+
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from pydantic import ValidationError
+
+from fedoap.errors import ConfigError
+from fedoap.fields import Frozen
+
+RESULT_FILE = "result.json"
+DONE = "done"
+"""Written last, with the run's digest."""
+
+TestStage: TypeAlias = Literal["final", "before", "shared", "zero_shot", "tuned"]
+WorkStage: TypeAlias = Literal["train", "calibrate", "local", "pooled"]
+
+
+class CaseRow(Frozen):
+    """One test case and what was asked to mark it."""
+
+    site: str
+    split: Literal["test", "unseen"]
+    stage: TestStage
+    case: int
+    patient: int
+    dice: float
+    iou: float
+    hd95_mm: float | None = None
+    """None where it is not defined."""
+    nsd: float | None = None
+
+
+class RoundRow(Frozen):
+    """One site's part in one round."""
+
+    site: str
+    stage: WorkStage
+    round: int
+    step: int
+    """Gradient steps of the site's course after it."""
+    loss: float | None
+    dice_validation: float | None
+    bytes_sent: int
+    bytes_received: int
+    seconds: float
+
+
+class RunResult(Frozen):
+    """The whole of `result.json`."""
+
+    training_cases: dict[str, int]
+    """Of each site, of unseen ones too."""
+    cases: tuple[CaseRow, ...]
+    rounds: tuple[RoundRow, ...]
+    steps: int
+    """Gradient steps of each site."""
+    seconds: float
+    parameters: int
+    """Of one site's network."""
+    torch: str
+    fedoap: str
+
+    def dice_validation(self) -> dict[str, float]:
+        """Return each site's last validation Dice."""
+        ordered = sorted(self.rounds, key=lambda row: row.step)
+        return {row.site: row.dice_validation for row in ordered if row.dice_validation is not None}
+
+    def dice_test(self) -> float | None:
+        """Return the mean over sites of the mean over a site's cases, of the final state."""
+        sites: dict[str, list[float]] = {}
+        for row in self.cases:
+            if row.stage == "final" and row.split == "test":
+                sites.setdefault(row.site, []).append(row.dice)
+        return sum(sum(each) / len(each) for each in sites.values()) / len(sites) if sites else None
+
+
+def read_result(folder: Path, digest: str) -> RunResult | None:
+    """Return the figures of a run's folder, or nothing where it is not done or was made of something else.
+
+    Raises:
+        ConfigError: the folder says that it is done, but its figures have another form.
+    """
+    try:
+        if (folder / DONE).read_text(encoding="utf-8").strip() != digest:
+            return None
+        return RunResult.model_validate_json((folder / RESULT_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{folder / RESULT_FILE}: is damaged: {text}; delete {folder} to run it again") from None
+
+
+def write_result(folder: Path, result: RunResult, digest: str) -> None:
+    """Leave the figures of a run in its folder, `done` last."""
+    for name, text in ((RESULT_FILE, result.model_dump_json(indent=1)), (DONE, digest)):
+        part = folder / f"{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / name)
