@@ -1,4 +1,4 @@
-"""The command line `fedoap`: try, simulate, evaluate, predict, report.
+"""The command line `fedoap`: try, simulate, study, evaluate, predict, report.
 
 What a command needs is imported when it runs: help must not wait for PyTorch.
 """
@@ -89,6 +89,31 @@ def simulate(*, config: Path, out: Path, overwrite: bool) -> None:
 
     checked = load_simulation(config)
     _summarise(run(checked, make_layout(out, overwrite=overwrite), _console()), out)
+
+
+@cli.command(epilog="Example: fedoap study examples/tumours/study.toml --out study --only local --only fedoap")
+@click.argument("config", metavar="STUDY", type=FILE)
+@click.option("--out", type=FOLDER, required=True, help="Folder of everything it leaves; of this study's, or new.")
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time.  [default: cores, by the threads of each]")
+@click.option("--ray", "on_ray", is_flag=True, help="Run on a Ray cluster that sees --out and the images.")
+@click.option("--only", multiple=True, metavar="VARIANT", help="Run this variant; give it again for another.")
+@click.option("--until", type=click.FloatRange(0), metavar="MINUTES", help="Start no run later than that.")
+def study(
+    *, config: Path, out: Path, jobs: int | None, on_ray: bool, only: tuple[str, ...], until: float | None
+) -> int:
+    """Run the grid of STUDY (variants, folds, seeds) as far as it is missing, and write its tables.
+
+    Ended at any moment and started again, it goes on where it was. Exit code 1: a run failed.
+    """
+    from fedoap.study.config import load_study
+    from fedoap.study.runner import Options, run_study
+
+    options = Options(jobs or 0, on_ray, only, until)
+    outcome = run_study(load_study(config), out, options, _console())
+    left = f", {outcome.left} left for another time" if outcome.left else ""
+    failed = f", {len(outcome.failed)} failed: {', '.join(outcome.failed)}" if outcome.failed else ""
+    click.echo(f"{outcome.done} runs done{left}{failed}; see {out / 'cases.csv'}")
+    return 1 if outcome.failed else 0
 
 
 @cli.command(epilog="Example: fedoap evaluate --site hospital_a --datalist list.json --split test --json figures.json")

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedoap.errors import ConfigError
 from fedoap.fields import Frozen, Name, Positive
 from fedoap.simulation.config import SimulationConfig
-from fedoap.strategies import personal_parts
+from fedoap.strategies import check_federated, find_strategy
 from fedoap.study.tables import Table, changed
 from fedoap.toml import first_line, load_toml
 
@@ -73,6 +73,8 @@ class StudyConfig(Frozen):
     base: Path
     folds: Annotated[int, Field(ge=0, le=20)] = 0
     """Of cross-validation by patient over the union of a site's lists; 0 takes the lists as they are."""
+    sites: tuple[Name, ...] = ()
+    """The base's sites that take part; all where none is given."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1)] = (0,)
     """A run's federation.seed is its seed + 1000 x its fold."""
     split_seed: Annotated[int, Field(ge=0)] = 0
@@ -132,7 +134,8 @@ class Study:
         """
         try:
             found = SimulationConfig.model_validate(self.table(variant, settings))
-            personal_parts(found.federation.strategy)
+            if not find_strategy(found.federation.strategy.name).only_in_studies:
+                check_federated(found.federation.strategy)
         except ValidationError as error:
             raise self._error(variant, first_line(error, SimulationConfig)) from None
         except ConfigError as error:
@@ -170,10 +173,14 @@ def load_study(path: Path) -> Study:
 
 
 def _check_partition(path: Path, config: StudyConfig, base: Table) -> None:
-    names = [name for site in _sites(base) if site not in config.partition for name in (site,)]
+    known = _sites(base)
+    for key, asked in (("sites", config.sites), ("partition", tuple(config.partition))):
+        if wrong := next((site for site in asked if site not in known), None):
+            raise ConfigError(f"{path}: {key} names {wrong}, but the base has {', '.join(known)}")
+    names = [site for site in config.sites or known if site not in config.partition]
     for site, hospitals in config.partition.items():
-        if site not in _sites(base):
-            raise ConfigError(f"{path}: partition.{site}: no such site is in the base, which has {', '.join(names)}")
+        if config.sites and site not in config.sites:
+            raise ConfigError(f"{path}: partition names {site}, but sites leaves it out")
         names += hospitals
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{path}: partition makes a site {twice}, but there is another of this name")
@@ -205,7 +212,8 @@ def _sites(base: Table) -> Table:
 
 
 def _partitioned(base: Table, config: StudyConfig) -> Table:
-    """Return the base with each site that is shared out replaced by its hospitals, in its place."""
+    """Return the base with the sites that take part, each that is shared out replaced by its hospitals."""
     alone: Mapping[str, object] = {}
-    sites = {name: site for old, site in _sites(base).items() for name in config.partition.get(old, alone) or (old,)}
+    taking_part = {name: site for name, site in _sites(base).items() if not config.sites or name in config.sites}
+    sites = {name: site for old, site in taking_part.items() for name in config.partition.get(old, alone) or (old,)}
     return changed(base, {}) | {"sites": sites}

@@ -1,6 +1,6 @@
 """Where runs run: processes of this machine, or a cluster of Ray's.
 
-Either starts `python -m fedoap.study.run FOLDER`, an OS process of its own for each run, and tells what
+Either starts `python -m fedoap.study.run`, an OS process of its own for each run, and tells what
 became of it. Ray's workers need the study's folder, and the images, under the same paths.
 """
 
@@ -43,16 +43,24 @@ class Executor(Protocol):
         """Yield what runs under way have printed since the last call, with their names."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where runs leave what they print and keep prepared cases, and how many threads each has."""
+
+    logs: Path
+    cache: Path
+    threads: int
+
+    def command(self, folder: Path) -> tuple[str, ...]:
+        """Return the command of a run."""
+        return (sys.executable, "-m", "fedoap.study.run", str(folder), str(self.cache))
+
+
 class Executors(Protocol):
     """Opens an executor."""
 
-    def __call__(self, logs: Path, threads: int, *, on_ray: bool) -> AbstractContextManager[Executor]:
+    def __call__(self, place: Place, *, on_ray: bool) -> AbstractContextManager[Executor]:
         """Return a context within which runs can be started."""
-
-
-def command(folder: Path) -> tuple[str, ...]:
-    """Return the command of a run."""
-    return (sys.executable, "-m", "fedoap.study.run", str(folder))
 
 
 @dataclass(slots=True)
@@ -60,11 +68,12 @@ class HereExecutor:
     """Children of this process; they are ended with it, whatever ends it."""
 
     processes: Processes
+    place: Place
     _running: dict[str, tuple[Child, Log]] = field(default_factory=dict)
 
     def start(self, name: str, folder: Path) -> None:
         """Start a run as a child."""
-        child = self.processes.start(name, command(folder))
+        child = self.processes.start(name, self.place.command(folder))
         self._running[name] = (child, Log(child.output))
 
     def ended(self) -> list[Ended]:
@@ -72,7 +81,7 @@ class HereExecutor:
         found = []
         for child in self.processes.ended():
             del self._running[child.name]
-            found.append(Ended(child.name, child.last_words() if child.code else None))
+            found.append(Ended(child.name, child.last_words().removeprefix(f"{child.name} ") if child.code else None))
         return found
 
     def lines(self) -> Iterator[tuple[str, Mapping[str, object]]]:
@@ -86,13 +95,13 @@ class RayExecutor:
     """Tasks of a Ray cluster, each of which starts the run's process where it has cores for it."""
 
     ray: ModuleType
-    threads: int
+    place: Place
     _running: dict[object, str] = field(default_factory=dict)
 
     def start(self, name: str, folder: Path) -> None:
         """Submit a run."""
-        task: Callable[..., object] = self.ray.remote(num_cpus=max(1, self.threads))(_outcome).remote
-        self._running[task(command(folder))] = name
+        task: Callable[..., object] = self.ray.remote(num_cpus=max(1, self.place.threads))(_outcome).remote
+        self._running[task(self.place.command(folder))] = name
 
     def ended(self) -> list[Ended]:
         """Return the tasks that ended."""
@@ -107,15 +116,15 @@ class RayExecutor:
 
 
 @contextmanager
-def open_executor(logs: Path, threads: int, *, on_ray: bool) -> Iterator[Executor]:
+def open_executor(place: Place, *, on_ray: bool) -> Iterator[Executor]:
     """Within, runs can be started; at its end none is left on this machine.
 
     Raises:
         ConfigError: Ray is wanted and not installed.
     """
     if not on_ray:
-        with Processes(logs) as processes:
-            yield HereExecutor(processes)
+        with Processes(place.logs) as processes:
+            yield HereExecutor(processes, place)
         return
     try:
         import ray
@@ -123,7 +132,7 @@ def open_executor(logs: Path, threads: int, *, on_ray: bool) -> Iterator[Executo
         raise ConfigError(RAY_MISSING) from None
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     try:
-        yield RayExecutor(ray, threads)
+        yield RayExecutor(ray, place)
     finally:
         ray.shutdown()
 

@@ -41,8 +41,8 @@ class RoundRow(Frozen):
     """Gradient steps of the site's course after it."""
     loss: float | None
     dice_validation: float | None
-    bytes_sent: int
-    bytes_received: int
+    bytes_sent: int = 0
+    bytes_received: int = 0
     seconds: float
 
 

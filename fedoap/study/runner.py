@@ -19,7 +19,7 @@ from rich.console import Console
 from fedoap.simulation.after import processes_at_once
 from fedoap.simulation.processes import termination_raises
 from fedoap.study.config import Study
-from fedoap.study.executors import Executor, Executors, open_executor
+from fedoap.study.executors import Executor, Executors, Place, open_executor
 from fedoap.study.folder import StudyFolder, open_folder
 from fedoap.study.grid import Grid, RunFile
 from fedoap.study.lists import write_lists
@@ -70,7 +70,8 @@ def run_study(
     check_trials(study)
     with open_folder(out, study.config.name) as folder, termination_raises():
         grid = Grid(study, write_lists(study, folder.data))
-        with executors(folder.logs, study.base.threads, on_ray=options.on_ray) as executor:
+        place = Place(folder.logs, folder.cache, study.base.threads)
+        with executors(place, on_ray=options.on_ray) as executor:
             return _Course(grid, folder, executor, console, Limits.of(options, study, variants)).complete()
 
 
@@ -207,7 +208,7 @@ class _Course:
 
 def _show(name: str, line: object, progress: StudyProgress) -> None:
     match line:
-        case {"stage": str(stage), "step": int(step), "steps": int(steps), **rest}:
-            progress.at(name, step, steps, " ".join([str(rest.get("site", "")), stage]))
+        case {"site": str(site), "round": int(number), "stage": str(stage), "step": int(step), "steps": int(steps)}:
+            progress.at(name, step, steps, f"{site} {stage} round {number}")
         case _:
             return

@@ -38,7 +38,7 @@ def can_be_dealt(listed: tuple[Member, ...], folds: int, seed: int) -> bool:
 @given(PATIENTS, st.integers(2, 6), st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_every_case_is_tested_in_exactly_one_fold(patients: list[int], folds: int, seed: int) -> None:
-    """Planted bug: `dealt` in the order of the folds, so that a fold's test patients depend on which is asked for."""
+    """Planted bug: a seed of each fold, so that who is tested depends on which is asked for."""
     listed = members(patients)
     assume(can_be_dealt(listed, folds, seed))
 

@@ -125,13 +125,15 @@ def test_the_trial_with_the_best_validation_dice_is_used(tmp_path: Path) -> None
 
 
 def test_a_variant_may_take_over_what_another_ones_trials_chose(tmp_path: Path) -> None:
-    """Planted bug: trials of its own all the same."""
+    """Planted bug: the settings of its own trials, of which it has none."""
     executor = Instant()
 
     go(tmp_path, STUDY + SEARCH.replace("[search.settings]", 'like.fedavg = "fedoap"\n[search.settings]'), executor)
 
     assert [name for name in executor.started if "-t" in name] == ["fedoap-f0-s0-t0", "fedoap-f0-s0-t1"]
     assert len(executor.started) == 2 + 8
+    runs = [path.read_text() for path in (tmp_path / "out").glob("runs/fedavg-*/run.json")]
+    assert all('"learning_rate":0.002' in text.replace(" ", "") for text in runs)
 
 
 def test_a_failed_trial_keeps_its_variant_from_the_grid(tmp_path: Path) -> None:
@@ -156,6 +158,7 @@ def test_a_site_with_fewer_cases_stands_beside_the_grid(tmp_path: Path) -> None:
         ("fedoap", "a", "3"),
     }
     assert len(executor.started) == 8 + 2 * 4
+    assert len(table(tmp_path, "cases.csv")) == 8 * 2 * 2 + 2 * 4 * 2
     assert len(table(tmp_path, "runs.csv")) == 8
 
 
