@@ -8,6 +8,7 @@ whatever the slices are, so the bits of the result depend only on the set of upd
 have no mean: a model with an int64 tensor is refused.
 """
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +143,8 @@ class BlobWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb", buffering=0)
+        # not emptied before it is written: a spare file's place on the disk and in memory is used again
+        self._file = io.FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "w")
         self._specs: list[TensorSpec] = []
         self._hashes = ChunkHashes()
         self._written = 0
@@ -176,7 +178,8 @@ class BlobWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with self._file:
+            self._file.truncate(self._written)
         if kind is not None:
             self._path.unlink(missing_ok=True)
 

@@ -6,7 +6,9 @@ sealed, as a part and after, and go by the upload's name.
 A part is preallocated when it is opened, so that a full disk is known before a byte is accepted. It
 becomes a blob in this order: data to disk, manifest beside, rename, folder to disk. A crash between
 any two steps leaves either a part (deleted at the next start, unless a row says how far it is durable)
-or a blob that no row names (deleted by `keep_only`). A refusal for want of space is a value; any other
+or a blob that no row names (deleted by `keep_only`). What is deleted is kept to be written anew
+(`fedoap.spares`) while this runs and there is room: nothing is deleted here before the ledger has forgotten it, and
+a sealed upload outlives what opens it only as noise. A refusal for want of space is a value; any other
 error of the disk ends the daemon, because after a failed fsync nobody knows what is on the disk.
 """
 
@@ -19,6 +21,7 @@ from fedoap.config import BlobFiles
 from fedoap.errors import StorageError
 from fedoap.identity import sync_folder
 from fedoap.seal import sealed_at
+from fedoap.spares import Spares
 from fedoap.tensors import BlobManifest, UploadManifest
 from fedoap_coordinator.seals import Seals
 
@@ -41,6 +44,7 @@ class Blobs:
         self.seals = Seals(state)
         for folder in (self._blobs, self._parts):
             folder.mkdir(mode=0o700, exist_ok=True)
+        self.spares = Spares(state / "spares")
         sync_folder(state)  # else a power cut may take the folder away from around a synced blob
 
     def files(self, blob: bytes) -> BlobFiles:
@@ -61,14 +65,11 @@ class Blobs:
     def open_part(self, part: bytes, size: int) -> Trouble | None:
         """Make room for a part, empty whatever was there before, or say why not."""
         self.drop_part(part)
-        try:
-            descriptor = self._open[part] = os.open(self._path(part), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            if size:
-                os.posix_fallocate(descriptor, 0, size)
-            free = os.fstatvfs(descriptor)
-        except OSError as error:
-            return self._trouble(part, error)
-        return self._no_space(part) if free.f_bavail * free.f_frsize < self._reserve else None
+        self.spares.take(self._path(part), size)
+        trouble = self._make_room(part, size)
+        while trouble and self.spares.clear():
+            trouble = self._make_room(part, size)
+        return trouble
 
     def reopen_part(self, part: bytes, size: int) -> Trouble | None:
         """Go on with a part that an earlier run left, or say why not."""
@@ -179,14 +180,28 @@ class Blobs:
         for path in self._blobs.iterdir():
             if path.name.partition(".")[0] not in names:
                 freed += path.stat().st_size
-                path.unlink()
+                if path.suffix == ".manifest":
+                    path.unlink()
+                else:
+                    self.spares.keep(path)
         return freed
 
     def close(self) -> None:
-        """Let go of all parts; their files stay until the next start."""
+        """Let go of all parts, whose files stay until the next start, and of the spares."""
+        self.spares.clear()
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+
+    def _make_room(self, part: bytes, size: int) -> Trouble | None:
+        try:
+            descriptor = self._open[part] = os.open(self._path(part), os.O_RDWR | os.O_CREAT, 0o600)
+            if size:
+                os.posix_fallocate(descriptor, 0, size)
+            free = os.fstatvfs(descriptor)
+        except OSError as error:
+            return self._trouble(part, error)
+        return self._no_space(part) if free.f_bavail * free.f_frsize < self._reserve else None
 
     def _path(self, part: bytes) -> Path:
         return self._parts / part.hex()

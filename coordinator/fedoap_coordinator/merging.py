@@ -65,6 +65,8 @@ class Merging:
         uploads = [one.manifest for one in effect.updates]
         job = merge_job(effect.manifest, uploads, self._plan, self._state, folder)
         (folder / "job.json").write_text(job.model_dump_json())
+        if effect.manifest.model:
+            self._store.blobs.spares.take(folder / BLOB, effect.manifest.model.size)
         self._running = _Running(effect.task, folder, self._begin(folder / "job.json", effect.secret))
         return None
 

@@ -2,7 +2,8 @@
 
 Beside each blob lies its packed manifest, written first: a blob that is there is whole and described.
 A part has its manifest beside it too. What of it outlasted a crash shows by its chunks' hashes, which are
-compared once at the start: nothing has to be synced or noted while the download runs.
+compared once at the start: nothing has to be synced or noted while the download runs. What is deleted is kept
+to be written anew (`fedoap.spares`) while this runs and there is room.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from pathlib import Path
 from fedoap.config import BlobFiles
 from fedoap.errors import StorageError, TensorsError
 from fedoap.identity import sync_folder
+from fedoap.spares import Spares
 from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, write_durably
 
@@ -30,6 +32,7 @@ class BlobStore:
         self._open: dict[bytes, int] = {}
         for folder in (self._parts, self._blobs):
             folder.mkdir(parents=True, exist_ok=True)
+        self._spares = Spares(state / "spares")
 
     def stored(self) -> frozenset[bytes]:
         """Return the ids of the blobs that are whole."""
@@ -54,14 +57,14 @@ class BlobStore:
         """Make room for a part, before a byte has travelled; what lies before `at` stays."""
         if not at:
             self.drop(part)
+            self._spares.take(self._part(part), blob.size)
         try:
-            descriptor = os.open(self._part(part), os.O_RDWR | os.O_CREAT, 0o600)
-            self._open[part] = descriptor
-            if blob.size:
-                os.posix_fallocate(descriptor, 0, blob.size)
-            self._part(part).with_suffix(".manifest").write_bytes(blob.pack())
+            self._make_room(part, blob)
         except OSError as error:
             self.drop(part)
+            if self._spares.clear():
+                self.open(part, blob)
+                return
             raise StorageError(f"{self._parts}: no room for {blob.size} bytes: {error.strerror}") from None
 
     def write(self, part: bytes, at: int, data: bytes | memoryview) -> None:
@@ -109,16 +112,28 @@ class BlobStore:
     def keep_only(self, blobs: Iterable[bytes]) -> None:
         """Delete every blob but these, and every part that no download is at work on."""
         kept = {blob.hex() for blob in blobs}
-        for path in self._blobs.iterdir():
-            if path.name.removesuffix(".manifest") not in kept:
+        doomed = [path for path in self._blobs.iterdir() if path.name.removesuffix(".manifest") not in kept]
+        for path in doomed:
+            if path.suffix == ".manifest":
                 remove(path)
+            else:
+                self._spares.keep(path)
+        if doomed:  # else a power cut may bring a name back that by then has another blob's bytes
+            sync_folder(self._blobs)
         self._keep_parts(self._open)
 
     def close(self) -> None:
-        """Let go of all parts; what has arrived stays for the next start."""
+        """Let go of all parts and spares; what has arrived stays for the next start."""
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()
+        self._spares.clear()
+
+    def _make_room(self, part: bytes, blob: BlobManifest) -> None:
+        self._open[part] = descriptor = os.open(self._part(part), os.O_RDWR | os.O_CREAT, 0o600)
+        if blob.size:
+            os.posix_fallocate(descriptor, 0, blob.size)
+        self._part(part).with_suffix(".manifest").write_bytes(blob.pack())
 
     def _keep_parts(self, parts: Iterable[bytes]) -> None:
         kept = {part.hex() for part in parts}

@@ -1,5 +1,6 @@
 """Uploads under way: what is on record as durable is on the disk, and a restart goes on from there and nowhere else."""
 
+import errno
 import hashlib
 import os
 import sqlite3
@@ -81,6 +82,50 @@ def sent(make: Maker) -> Sent:
 def under_way(store: Store) -> tuple[Arriving, ...]:
     history = store.history()
     return history.open.arriving if history.open else ()
+
+
+def left_over(store: Store, state: Path, size: int) -> int:
+    """Let the store delete a blob of this size, and return its inode."""
+    path = state / "blobs" / ("0" * 64)
+    path.write_bytes(b"x" * size)
+    inode = path.stat().st_ino
+    store.blobs.keep_only(frozenset())
+    return inode
+
+
+def test_an_upload_in_a_deleted_blobs_place_goes_on_as_any_other(state: Path, sent: Sent) -> None:
+    """Planted bug: a part that is opened anew on top of a spare, and so emptied behind a recorded offset."""
+    with opened(state) as store:
+        inode = left_over(store, state, sent.open().size)
+        for effect in (sent.opened, sent.open(), sent.write(0), sent.sync(MIB)):
+            store.apply(effect)
+        assert (state / "parts" / sent.name.hex()).stat().st_ino == inode
+
+    with opened(state) as store:
+        assert under_way(store) == (sent.arriving(MIB),)
+        for effect in (sent.open(MIB), sent.write(MIB), sent.write(2 * MIB)):
+            store.apply(effect)
+        assert store.apply(sent.finish()) == Stored(sent.name)
+        assert store.blobs.files(sent.name).blob.read_bytes() == b"".join(sent.sealed)
+
+
+def test_spares_are_given_up_before_an_upload_is_refused(
+    state: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: spares that outlast a full disk."""
+    really = os.posix_fallocate
+
+    def fallocate(descriptor: int, at: int, size: int) -> None:
+        if list((state / "spares").iterdir()):
+            raise OSError(errno.ENOSPC, "full")
+        really(descriptor, at, size)
+
+    with opened(state) as store:
+        left_over(store, state, 100)
+        store.apply(sent.opened)
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+
+        assert store.apply(sent.open()) is None
 
 
 def test_an_upload_goes_on_at_the_last_offset_on_record_and_is_whole_in_the_end(state: Path, sent: Sent) -> None:

@@ -1,4 +1,6 @@
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,62 @@ def test_only_the_blobs_named_are_kept(tmp_path: Path) -> None:
 
     assert store.stored() == {other.id}
     assert len(list((tmp_path / "state" / "blobs").iterdir())) == 2
+
+
+def another(tmp_path: Path) -> tuple[BlobManifest, bytes]:
+    """As long as the large one, with other bytes."""
+    manifest = write_blob(tmp_path / "another", {"w": np.ones(600_000, dtype=np.float32)})
+    return manifest, (tmp_path / "another").read_bytes()
+
+
+def test_a_part_in_an_old_blobs_place_has_none_of_its_bytes_counted(tmp_path: Path) -> None:
+    """Planted bug: a file's size taken for what has arrived."""
+    (manifest, data), (old, bytes_of_old) = large(tmp_path), another(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    stored(store, old, bytes_of_old)
+    place = store.files(old.id).blob.stat().st_ino
+    store.keep_only([])
+    store.open(manifest.id, manifest)
+    part = tmp_path / "state" / "parts" / manifest.id.hex()
+    assert part.stat().st_ino == place
+    store.write(manifest.id, 0, data[:MIB])
+
+    assert BlobStore(tmp_path / "state").partly() == {manifest.id: MIB}
+
+
+def test_old_blobs_are_off_the_disk_for_good_before_their_place_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: no sync of the folder: a power cut could bring back the old name over the new bytes."""
+    old, data = another(tmp_path)
+    store, blobs = BlobStore(tmp_path / "state"), tmp_path / "state" / "blobs"
+    stored(store, old, data)
+    synced = list[list[Path]]()
+    monkeypatch.setattr("fedoap_node.blobs.sync_folder", lambda folder: synced.append(list(folder.iterdir())))
+
+    store.keep_only([])
+
+    assert list(blobs.iterdir()) == []
+    assert synced == [[]]
+
+
+def test_spares_are_given_up_before_a_part_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bug: spares that outlast a full disk."""
+    (manifest, data), (old, bytes_of_old) = blob(tmp_path), another(tmp_path)
+    store, spares = BlobStore(tmp_path / "state"), tmp_path / "state" / "spares"
+    stored(store, old, bytes_of_old)
+    store.keep_only([])
+    really = os.posix_fallocate
+
+    def fallocate(descriptor: int, at: int, size: int) -> None:
+        if list(spares.iterdir()):
+            raise OSError(errno.ENOSPC, "full")
+        really(descriptor, at, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    stored(store, manifest, data)
+
+    assert store.files(manifest.id).blob.read_bytes() == data
 
 
 def test_no_descriptor_stays_open_after_many_parts(tmp_path: Path) -> None:
