@@ -56,8 +56,8 @@ from fedoap.protocol.events import (
 from fedoap.protocol.site import Site
 from fedoap.seal import KEY_BYTES, Seal, public_half
 from fedoap.tensors import BlobManifest, TaskManifest, TensorSpec, UploadManifest, read_blob
+from fedoap_coordinator.descriptors import raise_limit
 from fedoap_coordinator.folder import open_ledger, prepare
-from fedoap_coordinator.port import raise_descriptor_limit
 from fedoap_node.link import Address, Link, News
 
 TICK_MS = 200
@@ -178,7 +178,7 @@ class LightSite:
 
 def run_sites(numbers: range, seeds: dict[int, tuple[bytes, bytes]], federation: Federation, may_end: Event) -> None:
     """Be these sites until the federation has ended."""
-    raise_descriptor_limit(len(numbers))
+    raise_limit(len(numbers))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.max_sockets = 4 * len(numbers) + 64
     models: dict[bytes, bytes] = {}
@@ -268,7 +268,7 @@ class Coordinator:
 
 def main() -> None:
     """Run and print."""
-    raise_descriptor_limit((options := _options()).sites)
+    raise_limit((options := _options()).sites)
     with tempfile.TemporaryDirectory(prefix="fedoap-scale-") as folder, ExitStack() as stack:
         measure(Path(folder), options, stack)
 

@@ -31,6 +31,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "site_silent": "{site} has gone silent",
     "rotated": "{site} has new keys, the signing key is {key}",
     "refused": "{site} was refused ({code}): {reason}",
+    "port_full": "all {limit} descriptors are in use: no new connections until some end",
     "finished": "finished",
     "stopped": "stopped: {reason}",
     "upload_resumed": "{site} goes on with its upload at byte {at} of {bytes}",

@@ -31,6 +31,7 @@ from fedoap.protocol.events import (
     Tick,
 )
 from fedoap_coordinator.console import Console, View
+from fedoap_coordinator.descriptors import Doorkeeper
 from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
 from fedoap_coordinator.journal import Journal
@@ -59,6 +60,7 @@ class Daemon:
 
     machine: Coordinator
     port: Port
+    doorkeeper: Doorkeeper
     zap: Zap
     ledger: Ledger
     store: Store
@@ -83,6 +85,8 @@ class Daemon:
         wait = 0
         while not self.stopping and not (exit_when_finished and self._is_over()):
             self._wait(wait)
+            if full := self.doorkeeper.look():
+                self.note(full)
             for arrived in self.port.receive():
                 self._take(arrived)
             self.downloads.write_new()

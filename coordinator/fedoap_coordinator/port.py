@@ -7,7 +7,6 @@ there until the system takes it, and nobody says when, so each peer counts for o
 heard again. So memory depends neither on the number of sites nor on the speed of their lines.
 """
 
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -72,6 +71,9 @@ class Port:
         self._unconfirmed: dict[bytes, float] = {}
         """By return address: until when a peer counts that has not been heard since its last chunk."""
         self._clock = clock
+        self._endpoint = ""
+        # pyzmq makes a context for frames that are not copied when it meets the first one: not while sites dial
+        zmq.Frame(b"first", copy=False)
         _configure(self.socket, keys)
 
     def bind(self, endpoint: str, last: str | None) -> str:
@@ -88,8 +90,21 @@ class Port:
             except zmq.ZMQError as error:
                 reason = error.strerror
             else:
-                return self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+                self._endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+                return self._endpoint
         raise ConfigError(f"coordinator.bind is {endpoint}, but nothing can listen there: {reason}")
+
+    def shut(self) -> None:
+        """Take no more connections; those that stand go on."""
+        self.socket.unbind(self._endpoint)
+
+    def reopen(self) -> bool:
+        """Listen again at the same address; return whether that was possible."""
+        try:
+            self.socket.bind(self._endpoint)
+        except zmq.ZMQError:
+            return False
+        return True
 
     def receive(self) -> Iterator[Arrived]:
         """Yield the messages that have come, at most a batch of them."""
@@ -177,13 +192,6 @@ class Port:
         self._inflight.setdefault(download.route, []).append(body.tracker)
         self._unconfirmed[download.route] = self._clock() + CONFIRM_SECONDS
         return True
-
-
-def raise_descriptor_limit(sites: int) -> None:
-    """Allow as many open files as the sites' connections may need, as far as the system lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wish = max(soft, 4 * sites + 256)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wish if hard == resource.RLIM_INFINITY else min(wish, hard), hard))
 
 
 def _configure(socket: "zmq.Socket[bytes]", keys: KeyPair) -> None:

@@ -24,6 +24,7 @@ from fedoap.protocol.events import Note
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.console import open_console
 from fedoap_coordinator.daemon import Daemon
+from fedoap_coordinator.descriptors import Doorkeeper, raise_limit
 from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
 from fedoap_coordinator.folder import Keys, open_ledger, prepare, read_endpoint, sole_owner, write_endpoint
@@ -32,7 +33,7 @@ from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
 from fedoap_coordinator.metrics import MetricsServer
 from fedoap_coordinator.notary import Notary
-from fedoap_coordinator.port import Port, raise_descriptor_limit
+from fedoap_coordinator.port import Port
 from fedoap_coordinator.reserve import Reserve
 from fedoap_coordinator.store import Store
 from fedoap_coordinator.zap import Doors, Zap
@@ -118,7 +119,7 @@ def _daemon(
             software=SOFTWARE,
             clock=time.time,
         )
-        raise_descriptor_limit(len(config.sites))
+        raise_limit(len(config.sites))
         context = stack.enter_context(zmq.Context())
         zap = Zap(context, Doors.of(ledger.roster(), ledger.invites()))
         zap.start()
@@ -137,7 +138,19 @@ def _daemon(
             metrics = MetricsServer(config.coordinator.metrics)
             stack.callback(metrics.close)
         daemon = Daemon(
-            machine, port, zap, ledger, store, merging, enrolment, console, journal, downloads, state, metrics
+            machine,
+            port,
+            Doorkeeper(port.shut, port.reopen, time.monotonic),
+            zap,
+            ledger,
+            store,
+            merging,
+            enrolment,
+            console,
+            journal,
+            downloads,
+            state,
+            metrics,
         )
         if metrics:
             daemon.note(Note("metrics", {"address": metrics.address}))

@@ -119,8 +119,8 @@ class Zap(ThreadAuthenticator):
         stranger, known = curve_keys(os.urandom(32)), curve_keys(os.urandom(32))
         self._probe = known.public
         try:
-            strangers = _dial(endpoint, server_key, stranger)
-            friends = _dial(endpoint, server_key, known)
+            strangers = _dial(self.context, endpoint, server_key, stranger)
+            friends = _dial(self.context, endpoint, server_key, known)
         finally:
             self._probe = None
             self._refused.clear()
@@ -130,10 +130,15 @@ class Zap(ThreadAuthenticator):
             raise IdentityError(f"zap: a known key was not let in at {endpoint} ({_say(friends)}); not started")
 
 
-def _dial(endpoint: str, server_key: bytes, keys: KeyPair) -> zmq.Event | None:
-    """Return how the handshake with an endpoint ends, or nothing if it does not."""
+def _dial(
+    context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str, server_key: bytes, keys: KeyPair
+) -> zmq.Event | None:
+    """Return how the handshake with an endpoint ends, or nothing if it does not.
+
+    No context is made here: sites dial already, and libzmq ends the process where it finds no descriptor for one.
+    """
     outcomes = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+    with context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
         dealer.ipv6 = "[" in endpoint
         dealer.curve_serverkey = server_key

@@ -37,7 +37,7 @@ def test_every_kernel_keeps_to_the_gate(target: str, record_property: Say) -> No
 @pytest.mark.skipif(
     VARIABLE not in os.environ and not OTHER.exists(), reason=f"{OTHER} is missing: make test installs it"
 )
-@pytest.mark.parametrize("target", TARGETS.split(","))
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # one of each compiler: the cards' own tables are held above
 def test_every_kernel_keeps_to_the_gate_in_the_other_triton(target: str, record_property: Say) -> None:
     assert (OTHER / "triton").is_dir(), f"{VARIABLE} names {OTHER}, but there is no triton in it"
 

@@ -1,0 +1,78 @@
+"""Descriptors for the coordinator's own files, whatever dials its port.
+
+libzmq accepts connections until the process may open nothing more: then no blob can be opened, and a new
+context would even end the process (`errno_assert` in libzmq's epoll.cpp). So the process runs with a limit
+below what it may have; once connections have used that up, the port hangs up its listening socket, the rest
+of the limit is the coordinator's own, and whoever is connected stays. It listens again when there is room.
+"""
+
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+from fedoap.protocol.events import Note
+
+SPARE = 64
+"""For ledger, blobs and the aggregation process; so many must be free again before the port listens."""
+LOOK_SECONDS = 1.0
+NOTE_SECONDS = 60.0
+
+
+def raise_limit(sites: int) -> None:
+    """Allow as many open files as the sites' connections may need, as far as the system lets us, but for the spare."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wish = max(soft, 4 * sites + 256)
+    most = wish if hard == resource.RLIM_INFINITY else min(wish, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most - SPARE if most > 4 * SPARE else most, hard))
+
+
+class Doorkeeper:
+    """Opens and shuts the port; `shut` ends listening, `reopen` returns whether it listens again."""
+
+    def __init__(self, shut: Callable[[], None], reopen: Callable[[], bool], clock: Callable[[], float]) -> None:
+        self._shut, self._reopen, self._clock = shut, reopen, clock
+        self._limit: int | None = None
+        """The limit to go back to, where the port is shut."""
+        self._look_at = self._quiet_until = 0.0
+
+    def look(self) -> Note | None:
+        """Shut the port if not one descriptor is left, open it if there are enough; return what to tell."""
+        if self._limit is None:
+            return None if _is_one_left() else self._close_door()
+        now = self._clock()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._open_door(self._limit)
+        return None
+
+    def _close_door(self) -> Note | None:
+        self._shut()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = soft
+        most = soft + SPARE if hard == resource.RLIM_INFINITY else min(soft + SPARE, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        now = self._clock()
+        self._look_at = now + LOOK_SECONDS
+        if now < self._quiet_until:
+            return None
+        self._quiet_until = now + NOTE_SECONDS
+        return Note("port_full", {"limit": soft})
+
+    def _open_door(self, limit: int) -> None:
+        if _count() + min(SPARE, limit // 4) <= limit and self._reopen():
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            self._limit = None
+
+
+def _count() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def _is_one_left() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
