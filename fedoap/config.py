@@ -204,7 +204,7 @@ class CoordinatorConfig(Frozen):
     """Folder for keys, ledger and blobs; relative paths start at the file's folder."""
     uploads_at_once: Annotated[int, Field(ge=1)] = 8
     """Sites that may upload at the same time; bounds the coordinator's memory."""
-    metrics: Annotated[str, Field(pattern=r"^([A-Za-z0-9.-]+:)?\d{1,5}$")] | None = None
+    metrics: Annotated[str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):)?\d{1,5}$")] | None = None
     """`host:port`, or a port on 127.0.0.1, to serve figures for Prometheus at; not served where not given."""
 
 

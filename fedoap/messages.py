@@ -41,7 +41,7 @@ Value: TypeAlias = Annotated[float, Range(-1e30, 1e30)]
 RefusalCode: TypeAlias = Literal[
     "malformed", "version", "plan", "unknown_site", "revoked", "not_joined", "bad_signature", "token", "exists",
     "unknown_task", "late", "foreign", "duplicate", "schema", "base_model", "not_finite", "corrupt", "no_space",
-    "no_blob", "superseded", "cases", "stopping",
+    "no_blob", "superseded", "cases", "stopping", "too_often",
 ]  # fmt: skip
 """`late`: its exchange is closed. `foreign`: not of this site's cohort. `duplicate`: another upload is recorded."""
 

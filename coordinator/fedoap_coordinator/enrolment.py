@@ -27,6 +27,9 @@ from fedoap_coordinator.folder import Keys, invited_endpoint
 from fedoap_coordinator.ledger import Invite, Ledger
 
 SECONDS_PER_HOUR = 3600
+SECONDS_PER_DAY = 24 * SECONDS_PER_HOUR
+KEYS_A_DAY = 10
+"""Every former key is remembered for ever, so a site that asks without end must not fill the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,9 @@ class Enrolment:
             return _no("bad_signature", "the request is not signed by the new key that it presents")
         if set(new_keys) & (set(old_keys) | self._taken(site)):
             return _no("exists", "one of these keys is in use already; each must be new")
+        if self.ledger.count_keys(site, now - SECONDS_PER_DAY) >= KEYS_A_DAY:
+            why = f"site {site} was given {KEYS_A_DAY} keys within a day; those that it has stay good"
+            return _no("too_often", f"{why}: try again tomorrow, and have it revoked if this was not you")
         if not self.ledger.rotate(old, new, now):
             return _no("revoked", f"the key of site {site} was revoked or replaced a moment ago")
         return self._yes(new, joined=True)

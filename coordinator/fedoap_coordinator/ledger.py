@@ -200,6 +200,11 @@ class Ledger:
             self._next_epoch()
         return True
 
+    def count_keys(self, site: str, since: float) -> int:
+        """Return how many signing keys a site has been given since then."""
+        ((count,),) = self._run("select count(*) from site_keys where site=? and since>=?", site, since)
+        return int(count)
+
     def revoke(self, site: str, now: float) -> bool:
         """Withdraw a site's membership and its open tokens; return whether there was anything to withdraw."""
         with self._transaction():

@@ -4,6 +4,7 @@ The loop replaces the server's `figures` by newer ones; they are frozen, so the 
 the loop waits for nobody. The text is that of prometheus.io/docs/instrumenting/exposition_formats (0.0.4).
 """
 
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ class MetricsServer:
 
     def __init__(self, wish: str) -> None:
         host, _, port = wish.rpartition(":")
+        host = host.strip("[]") or "127.0.0.1"
         self.figures: Figures | None = None
         server = self
 
@@ -70,13 +72,17 @@ class MetricsServer:
             def figures(self) -> Figures | None:
                 return server.figures
 
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
         try:
-            self._http = ThreadingHTTPServer((host or "127.0.0.1", int(port)), Handler)
+            self._http = Server((host, int(port)), Handler)
         except OSError as error:
             raise ConfigError(
                 f"coordinator.metrics is {wish}, but nothing can listen there: {error.strerror}"
             ) from None
-        self.address = f"{self._http.server_address[0]!s}:{self._http.server_port}"
+        name = f"[{host}]" if ":" in host else str(self._http.server_address[0])
+        self.address = f"{name}:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 

@@ -1,6 +1,7 @@
 """Joining: a token lets one site in once, and whoever is refused learns what to do."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 
@@ -19,7 +20,7 @@ from fedoap.identity import (
     signing_keys,
 )
 from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse, Rotate
-from fedoap_coordinator.enrolment import Answer, Enrolment
+from fedoap_coordinator.enrolment import KEYS_A_DAY, SECONDS_PER_DAY, Answer, Enrolment
 from fedoap_coordinator.folder import Keys, prepare, write_endpoint
 from fedoap_coordinator.ledger import Ledger
 
@@ -246,6 +247,23 @@ def test_a_revoked_site_gets_no_new_keys(desk: Desk) -> None:
     desk.enrolment.ledger.revoke("hospital_a", NOW)
 
     assert refusal(desk.enrolment.rotate("hospital_a", rotation(), NOW)).code == "revoked"
+
+
+def test_a_site_cannot_fill_the_ledger_with_keys(desk: Desk) -> None:
+    """Planted bug: no limit."""
+    token = desk.invite()
+    desk.ask(token, request(token))
+    seeds = [b"1", *(bytes([number]) for number in range(100, 100 + KEYS_A_DAY))]
+    steps = [rotation(old, new) for old, new in pairwise(seeds)]
+
+    answers = [desk.enrolment.rotate("hospital_a", step, NOW + at) for at, step in enumerate(steps)]
+    repeated = desk.enrolment.rotate("hospital_a", steps[-2], NOW + 60)
+    tomorrow = desk.enrolment.rotate("hospital_a", steps[-1], NOW + 2 * SECONDS_PER_DAY)
+
+    assert [one.joined for one in answers] == [True] * (KEYS_A_DAY - 1) + [False]
+    assert refusal(answers[-1]).code == "too_often"
+    assert isinstance(repeated.message, Enrolled)
+    assert tomorrow.joined
 
 
 def test_keys_that_were_replaced_are_remembered(desk: Desk) -> None:

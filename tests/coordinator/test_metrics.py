@@ -6,10 +6,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from fedoap.config import FederationConfig
+from fedoap.config import CoordinatorConfig, FederationConfig
 from fedoap.errors import ConfigError
 from fedoap.protocol.status import SiteStatus, Status
 from fedoap_coordinator.metrics import CLIENT_SECONDS, CONTENT_TYPE, Counts, Figures, MetricsServer, exposition
@@ -53,6 +54,21 @@ def parsed(text: str) -> dict[str, float]:
             assert key not in samples, f"{key} is given twice"
             samples[key] = float(found[3])
     return samples
+
+
+@pytest.mark.skipif(not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists(), reason="no IPv6 here")
+def test_an_ipv6_address_is_listened_at_and_named_as_one_writes_it() -> None:
+    """Planted bug: the brackets taken for a part of the name."""
+    wish = CoordinatorConfig(metrics="[::1]:0").metrics
+    assert wish is not None
+    server = MetricsServer(wish)
+    try:
+        server.figures = figures()
+        with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10) as answer:
+            assert answer.status == 200
+    finally:
+        server.close()
+    assert server.address.startswith("[::1]:")
 
 
 @pytest.fixture
