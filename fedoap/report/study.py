@@ -115,7 +115,7 @@ def scores_section(study: Study) -> Section:
     found = {metric.column: score_tables(scores, roles.compared, roles.rivals, metric) for metric in METRICS}
     text += [f"{metric.label} is not defined in any case." for metric in METRICS if not found[metric.column]]
     places = [site or MEAN for site in columns(scores)]
-    shown = [name for name in roles.compared if name in scores.variants]
+    shown = [name for name in study.drawn if name in scores.variants]
     series = {name: [scores.over_patients(name, site, DICE) for site in columns(scores)] for name in shown}
     drawing = Drawing(
         "scores",

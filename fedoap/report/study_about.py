@@ -173,7 +173,7 @@ def _mean_over_sites(rows: Sequence[TuningRow]) -> float | None:
 
 
 def _course(study: Study, look: dict[str, Look]) -> list[Drawing]:
-    series = {name: points for name in study.roles.compared if (points := _validation(study, name))}
+    series = {name: points for name in study.drawn if (points := _validation(study, name))}
     if not series:
         return []
     return [Drawing("course", f"Validation Dice, {MEAN} and runs", lines(series, "gradient steps", "Dice", look))]

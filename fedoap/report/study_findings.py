@@ -41,7 +41,7 @@ def headline(study: Study) -> list[str]:
         found = compare_all(scores, roles.rivals, other, DICE)
         sites = [site for site in columns(scores) if (main, site) in found]
         lowest = min(filter(None, sites), key=lambda site: found[main, site].effect.mean, default=None)
-        for site in dict.fromkeys([sites[-1], lowest] if sites else []):
+        for site in dict.fromkeys([sites[0], lowest] if sites else []):
             where = site or MEAN
             name = f"{where}, where it is lowest" if site and len(sites) > 1 else where
             said.append(sentence(f"Dice of {main} minus {other}, {name}", found[main, site]))
@@ -157,7 +157,7 @@ def sizes_section(study: Study, look: dict[str, Look]) -> Section | None:
         return None
     drawings, tables = [], []
     for site, series in points.items():
-        known = {name: each for name, each in series.items() if name in look}
+        known = {name: each for name, each in series.items() if name in study.drawn}
         drawings.append(Drawing(f"sizes-{site}", f"Test Dice at {site}", lines(known, "training cases", "Dice", look)))
         rows = [
             [Cell(name), *(Cell(f"{size:.0f}: {score(each)}") for size, each in values)]
@@ -257,7 +257,7 @@ def _renamed(table: Table, title: str) -> Table:
 
 
 def _forest(study: Study, variants: Sequence[str], other: str, name: str) -> list[Drawing]:
-    site = columns(study.final)[-1]
+    site = columns(study.final)[0]
     found = compare_all(study.final, variants, other, DICE)
     rows = {variant: each.effect for variant in variants if (each := found.get((variant, site)))}
     if not rows:

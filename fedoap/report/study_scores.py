@@ -13,6 +13,7 @@ from fedoap.report.study_rows import CaseRow, Run, Tables
 MAIN = "fedoap"
 LOCAL = "local"
 POOLED = "pooled"
+MOST_DRAWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,15 @@ class Study:
     def best_pooled(self) -> str | None:
         """The best of the variants that train on all sites' cases together."""
         return self.final.best(self.roles.pooled)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The variants that figures show: all that are compared, or of many those that the others are held against."""
+        roles = self.roles
+        if len(roles.compared) <= MOST_DRAWN:
+            return roles.compared
+        kept = (roles.local, self.best_baseline, roles.main, self.best_pooled)
+        return tuple(name for name in roles.compared if name in kept)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -12,8 +12,8 @@ Family = dict[tuple[str, str | None], Comparison]
 
 
 def columns(scores: Scores) -> tuple[str | None, ...]:
-    """Return the sites, and None for their mean where there are several."""
-    return (*scores.sites, None) if len(scores.sites) > 1 else scores.sites
+    """Return None for the mean over sites where there are several, and the sites."""
+    return (None, *scores.sites) if len(scores.sites) > 1 else scores.sites
 
 
 def head(scores: Scores, first: str = "variant") -> list[str]:

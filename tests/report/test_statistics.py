@@ -107,7 +107,7 @@ def test_holm_s_correction_steps_down() -> None:
     assert holm([]) == []
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=8))
+@given(st.lists(st.sampled_from([None, 0.004, 0.009, 0.011, 0.013, 0.016, 0.02, 0.03, 0.2]), max_size=6))
 def test_holm_rejects_what_the_definition_rejects(values: list[float | None]) -> None:
     """Planted bug: the untested counted in the family's size."""
     tested = sorted(p for p in values if p is not None)
@@ -164,7 +164,7 @@ def test_a_share_s_interval_covers_the_truth_about_as_often_as_it_says() -> None
 
     assert len(intervals) == 60
     assert sum(low <= 0.6 <= high for low, high in intervals) >= 52
-    assert max(high - low for low, high in intervals) < 0.25
+    assert max(high - low for low, high in intervals) < 0.18
 
 
 def _gains(draw: np.random.Generator) -> list[tuple[list[float], list[float]]]:
