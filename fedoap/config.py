@@ -102,6 +102,8 @@ class CalibrationConfig(Frozen):
     lam: Fraction = 0.1
     evaluations: Annotated[int, Field(ge=1)] = 5
     """How often the validation cases are looked at; the best of these states is kept."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the running mean of the weights, which is looked at and kept; 0 takes the weights themselves."""
 
 
 class StrategyConfig(Frozen):

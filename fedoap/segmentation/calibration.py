@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedoap.config import Plan, StrategyConfig
 from fedoap.kernels import perturbed_boundary_loss
+from fedoap.segmentation.averaging import RunningMean
 from fedoap.segmentation.data import prepared_cases
 from fedoap.segmentation.descent import Batches, Descent, Loss, Metrics, Progress, Stretch, Workplace, descend
 from fedoap.segmentation.evaluation import evaluate, mean_dice
@@ -116,10 +117,13 @@ def look_steps(steps: int, evaluations: int) -> list[int]:
 def _fine_tune(predict: Predictor, loss: Loss, place: Workplace, batches: Batches, stretch: Stretch) -> list[float]:
     """Leave the best of the states that were looked at in the network and return each one's validation Dice.
 
-    The earlier state wins where two are equal. Only the leading process looks and restores.
+    With `calibration.average` the states are those of the running mean of the weights. The earlier state
+    wins where two are equal. Only the leading process looks and restores.
     """
     network = predict.network
-    descent = Descent(loss, SiteOptimizer(dict(network.named_parameters()), place.plan.training))
+    average = RunningMean(network, place.plan.calibration.average)
+    watched = replace(predict, network=average.network)
+    descent = Descent(loss, SiteOptimizer(dict(network.named_parameters()), place.plan.training), settle=average.follow)
     cases = prepared_cases(place.validation, place.data, place.plan, place.cache)
     marks = look_steps(stretch.count, place.plan.calibration.evaluations)
     looks: list[float] = []
@@ -129,11 +133,11 @@ def _fine_tune(predict: Predictor, loss: Loss, place: Workplace, batches: Batche
         if stop > start:
             piece = replace(stretch, first=stretch.first + start, count=stop - start, done=stretch.done + start)
             mean = descend(place, batches, piece, descent)
-        looks.append(mean_dice(predict, cases) if place.leads else -1.0)
+        looks.append(mean_dice(watched, cases) if place.leads else -1.0)
         if place.leads:
             place.report(Progress(stretch.stage, stretch.done + stop, stretch.steps, mean, looks[-1]))
         if looks[-1] > max(looks[:-1], default=-math.inf):
-            best = {name: value.detach().clone() for name, value in network.state_dict().items()}
+            best = {name: value.detach().clone() for name, value in average.network.state_dict().items()}
     network.load_state_dict(best)
     return looks
 

@@ -143,6 +143,8 @@ class Descent:
     """What is done to the gradients before they are clipped, at a step of the site's course."""
     parts: int = 1
     """So many batches make a step: it goes along the mean of their gradients."""
+    settle: Callable[[], None] = lambda: None
+    """What is done once a step has moved the parameters."""
 
 
 def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Descent) -> float:
@@ -163,6 +165,7 @@ def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Desce
             total += loss.detach() / descent.parts
         descent.amend(step)
         descent.optimizer.step(stretch.rate(step))
+        descent.settle()
         if (index + 1) % CHECK_EVERY == 0 or index + 1 == stretch.count:
             _check(place, stretch, index + 1, total.item() / (index + 1))
     return total.item() / max(1, stretch.count)

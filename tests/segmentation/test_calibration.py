@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ def trained(place: Workplace) -> SiteModel:
 def equal(one: FedOAPNet, two: FedOAPNet) -> bool:
     ours, theirs = one.state_dict(), two.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def bias(network: FedOAPNet) -> float:
+    return float(network.state_dict()["head.bias"])
 
 
 def test_calibration_moves_a_copy_and_measures_both_paths(tmp_path: Path) -> None:
@@ -128,3 +133,19 @@ def test_training_alone_starts_from_the_weights_that_the_federation_starts_from(
     for name, value in network.named_parameters():
         twin = name if name in federated else name.replace("bottleneck_q", "bottleneck_kv")
         assert np.allclose(value.detach().numpy(), federated[twin], atol=1e-12), name
+
+
+def test_calibration_keeps_the_mean_of_the_weights_where_told_to(tmp_path: Path) -> None:
+    """Planted bugs: the moving weights kept; the mean never told of a step."""
+    settings = CalibrationConfig(steps=2, evaluations=2, learning_rate=1e-2)
+    place = easy_place(tmp_path, easy_plan(steps=30, calibration=settings))
+    model = trained(place)
+    averaged = settings.model_copy(update={"average": 0.9})
+
+    start = bias(model.personal)
+    last = bias(calibrate(model, None, place)[0])
+    plan = place.plan.model_copy(update={"calibration": averaged})
+    mean = bias(calibrate(model, None, replace(place, plan=plan))[0])
+
+    # the mean lags behind the weights, which move one way in so few steps
+    assert 0 < abs(mean - start) < abs(last - start)
