@@ -1,4 +1,4 @@
-"""Streaming merge of the sites' weights, and conversion between wire dtypes.
+"""Streaming merge of the sites' weights.
 
 Blobs are read slice by slice with `pread` and never as a whole, one site after the other, so memory
 depends neither on the model's size nor on the number of sites: a rule that must see all sites' values
@@ -8,40 +8,22 @@ whatever the slices are, so the bits of the result depend only on the set of upd
 have no mean: a model with an int64 tensor is refused.
 """
 
-import io
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedoap.blobfile import SLICE_VALUES, BlobReader, BlobWriter, slices
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
 from fedoap.robust import median, outlier, trimmed_mean
 from fedoap.seal import SealedFile
 from fedoap.server import Average, Server, advance, first_moments
 from fedoap.strategies import server_of
-from fedoap.tensors import (
-    ITEM_BYTES,
-    BlobManifest,
-    ChunkHashes,
-    Dtype,
-    TensorSpec,
-    UploadManifest,
-    as_float32,
-    begin_write_back,
-    bfloat16_bits,
-    write_all,
-)
+from fedoap.tensors import BlobManifest, Dtype, TensorSpec, UploadManifest
 
-SLICE_VALUES = 1 << 18
-"""Values that are in memory at once: a chunk of float32, 2 MiB as float64."""
 KEPT_PREFIX = "server."
 """Starts the names of what the coordinator keeps of a model under a server optimizer with moments: for every
 weight a tensor with one axis more, at the end, on which the weight itself and its moments stand side by side."""
@@ -72,14 +54,14 @@ def merge_models(
     ordered = sorted(updates, key=lambda update: update[1].site)
     old = _Base(*base, server_of(strategy))
     _check_updates(ordered, base[0], old.weights)
-    sources = {manifest.site: _Source(path, manifest.blob) for path, manifest in ordered}
+    sources = {manifest.site: BlobReader(path, manifest.blob) for path, manifest in ordered}
     if strategy.max_norm_ratio is not None:
         _check_distances(_distances(sources, old), strategy.max_norm_ratio)
     weighted = [(sources[manifest.site], site_weight(manifest, strategy)) for _, manifest in ordered]
     with BlobWriter(output) as writer:
         for spec in old.weights:
             writer.begin(_kept_spec(spec, old.moments))
-        for start, stop in _slices(old.values, _slice_values(strategy, len(sources), slice_values)):
+        for start, stop in slices(old.values, _slice_values(strategy, len(sources), slice_values)):
             match strategy.rule:
                 case "mean":
                     mean = _mean(weighted, start, stop)
@@ -97,11 +79,11 @@ def merge_models(
 
 def published(path: Path, kept: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
     """Write the weights of a blob that `merge_models` wrote, without moments, as `dtype`; return their manifest."""
-    source, columns = _Source(path, kept), _columns(kept)
+    source, columns = BlobReader(path, kept), _columns(kept)
     with BlobWriter(output) as writer:
         for spec in map(_weights_of, kept.tensors):
             writer.begin(TensorSpec(spec.name, dtype, spec.shape))
-        for start, stop in _slices(source.values // columns, SLICE_VALUES // columns):
+        for start, stop in slices(source.values // columns, SLICE_VALUES // columns):
             writer.write(source.read(start * columns, stop * columns)[::columns])
     return writer.manifest
 
@@ -111,158 +93,13 @@ def site_weight(manifest: UploadManifest, strategy: StrategyConfig) -> float:
     return float(manifest.cases) if strategy.weighting == "cases" else 1.0
 
 
-def convert(path: Path | SealedFile, manifest: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
-    """Write a blob anew with its floats as `dtype` and return the new manifest; whole numbers stay as they are.
-
-    Raises:
-        TensorsError: the file's size is not the manifest's, or `dtype` is no float.
-    """
-    if dtype == "int64":
-        raise TensorsError(f"{path}: floats cannot be converted to int64")
-    source = _Source(path, manifest)
-    with BlobWriter(output) as writer:
-        first = 0
-        for spec in manifest.tensors:
-            kind = spec.dtype if spec.dtype == "int64" else dtype
-            writer.begin(TensorSpec(spec.name, kind, spec.shape))
-            count = spec.size // ITEM_BYTES[spec.dtype]
-            for start, stop in _slices(count, SLICE_VALUES, first):
-                if kind == "int64":
-                    writer.write_raw(source.raw(start, stop))
-                else:
-                    writer.write(source.read(start, stop))
-            first += count
-    return writer.manifest
-
-
-class BlobWriter:
-    """Writes a blob piece by piece, in bounded memory; `manifest` is there once it is closed.
-
-    Tensors must begin in the order of their names. A blob that is left by an error is deleted.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # not emptied before it is written: a spare file's place on the disk and in memory is used again
-        self._file = io.FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "w")
-        self._specs: list[TensorSpec] = []
-        self._hashes = ChunkHashes()
-        self._written = 0
-
-    def begin(self, spec: TensorSpec) -> None:
-        """Say what the next bytes are."""
-        assert not self._specs or self._specs[-1].name < spec.name, spec.name
-        self._specs.append(spec)
-
-    def write(self, values: NDArray[np.float32]) -> None:
-        """Append values in the current tensor's dtype."""
-        narrow = self._specs[-1].dtype == "bfloat16"
-        raw = bfloat16_bits(values) if narrow else np.ascontiguousarray(values, "<f4")
-        self.write_raw(raw.view(np.uint8).data)
-
-    def write_raw(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        self._hashes.add(data)
-        write_all(self._file, data)
-        self._written = begin_write_back(self._file.fileno(), self._written, self._written + len(data))
-
-    @property
-    def manifest(self) -> BlobManifest:
-        """The manifest of what was written."""
-        assert self._file.closed
-        return BlobManifest(tuple(self._specs), self._hashes.all())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._file:
-            self._file.truncate(self._written)
-        if kind is not None:
-            self._path.unlink(missing_ok=True)
-
-
-class _Source:
-    """A blob on disk that is read in pieces; no descriptor stays open, however many sites there are.
-
-    Values go by their number over all tensors, in the order of the blob: a piece need not end with a tensor,
-    so that pieces can begin where sealed chunks do, and each chunk is opened once.
-    """
-
-    def __init__(self, path: Path | SealedFile, manifest: BlobManifest) -> None:
-        if isinstance(path, Path) and path.stat().st_size != manifest.size:
-            size = path.stat().st_size
-            raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.size}")
-        self._path, self._manifest = path, manifest
-        self._runs = _runs(manifest)
-
-    @property
-    def values(self) -> int:
-        """How many there are."""
-        return self._runs[-1].stop if self._runs else 0
-
-    def name(self, value: int) -> str:
-        """Return the name of the tensor that holds a value."""
-        for spec in self._manifest.tensors:
-            value -= spec.size // ITEM_BYTES[spec.dtype]
-            if value < 0:
-                return spec.name
-        raise AssertionError(value)
-
-    def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Return values [start, stop), which are floats."""
-        pieces = [as_float32(raw, dtype) for raw, dtype in self._pieces(start, stop)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def raw(self, start: int, stop: int) -> bytes:
-        """Return the bytes of values [start, stop)."""
-        return b"".join(raw for raw, _ in self._pieces(start, stop))
-
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[bytes, Dtype]]:
-        for run in self._runs:
-            low, high = max(start, run.start), min(stop, run.stop)
-            if low < high:
-                item = ITEM_BYTES[run.dtype]
-                yield self._bytes(run.at + (low - run.start) * item, (high - low) * item), run.dtype
-
-    def _bytes(self, at: int, wanted: int) -> bytes:
-        if isinstance(self._path, SealedFile):
-            return self._path.read(at, wanted)
-        with self._path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), wanted, at)
-        if len(data) != wanted:
-            raise TensorsError(f"{self._path}: ends before byte {at + wanted}, but its size was right a moment ago")
-        return data
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Values [start, stop) of neighbouring tensors of one dtype, and the byte at which they begin."""
-
-    start: int
-    stop: int
-    dtype: Dtype
-    at: int
-
-
-def _runs(manifest: BlobManifest) -> list[_Run]:
-    runs, value, at = [], 0, 0
-    for dtype, specs in groupby(manifest.tensors, key=lambda spec: spec.dtype):
-        size = sum(spec.size for spec in specs)
-        runs.append(_Run(value, value + size // ITEM_BYTES[dtype], dtype, at))
-        value, at = runs[-1].stop, at + size
-    return runs
-
-
 class _Base:
     """The weights that the sites started from, and the moments that stand beside them or start afresh."""
 
     def __init__(self, path: Path, manifest: BlobManifest, server: Server) -> None:
         self.server = server
         self.weights = tuple(map(_weights_of, manifest.tensors))
-        self._source = _Source(path, manifest)
+        self._source = BlobReader(path, manifest)
         self._columns = _columns(manifest)
         self._first = np.array(first_moments(server), np.float32)[:, None]  # (moments, 1)
         if self._columns not in (1, 1 + self.moments):
@@ -330,12 +167,6 @@ def _check_updates(
             raise UpdateError(manifest.site, f"its update counts {manifest.cases} cases, but must count some")
 
 
-def _slices(count: int, values: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) for so many values from the first on."""
-    end = first + count
-    return ((start, min(start + values, end)) for start in range(first, end, values))
-
-
 def _slice_values(strategy: StrategyConfig, sites: int, values: int) -> int:
     """Return how many values are looked at together, whole slices where there is room for one of each site."""
     if strategy.rule == "mean":
@@ -344,7 +175,7 @@ def _slice_values(strategy: StrategyConfig, sites: int, values: int) -> int:
     return max(together - together % values, min(together, values))
 
 
-def _mean(sources: Sequence[tuple[_Source, float]], start: int, stop: int) -> NDArray[np.float64]:
+def _mean(sources: Sequence[tuple[BlobReader, float]], start: int, stop: int) -> NDArray[np.float64]:
     total = np.zeros(stop - start)
     term = np.empty_like(total)
     for source, weight in sources:
@@ -354,17 +185,17 @@ def _mean(sources: Sequence[tuple[_Source, float]], start: int, stop: int) -> ND
     return total
 
 
-def _rows(sources: Sequence[tuple[_Source, float]], start: int, stop: int) -> NDArray[np.float32]:
+def _rows(sources: Sequence[tuple[BlobReader, float]], start: int, stop: int) -> NDArray[np.float32]:
     rows = np.empty((len(sources), stop - start), np.float32)
     for row, (source, _) in zip(rows, sources, strict=True):
         row[:] = source.read(start, stop)
     return rows
 
 
-def _distances(sources: Mapping[str, _Source], old: _Base) -> dict[str, float]:
+def _distances(sources: Mapping[str, BlobReader], old: _Base) -> dict[str, float]:
     """Return each site's L2 distance from the base over all that is shared, in one pass over every file."""
     squares = dict.fromkeys(sources, 0.0)
-    for start, stop in _slices(old.values, SLICE_VALUES):
+    for start, stop in slices(old.values, SLICE_VALUES):
         before = old.read(start, stop)[0].astype(np.float64)
         for site, source in sources.items():
             change = source.read(start, stop) - before
@@ -390,4 +221,4 @@ def _step(old: _Base, start: int, stop: int, mean: NDArray[np.float64]) -> NDArr
             return mean.astype(np.float32)
         before = old.read(start, stop).astype(np.float64)
         x, moments = advance(old.server, before[0], mean, before[1:])
-        return np.concatenate([x[None], moments]).T.astype(np.float32)
+        return np.concatenate([x[None], moments]).T.astype(np.float32).ravel()

@@ -130,6 +130,8 @@ class StrategyConfig(Frozen):
     """tau of the server optimizer, which keeps its steps from growing where changes are small."""
     proximal: Annotated[float, Field(ge=0)] | None = None
     """mu of mu/2 ||w - w_t||^2, which holds a site's parameters near the shared weights that the round began with."""
+    head_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of a round's steps that move the personal parts, before the others move the shared ones."""
 
     @model_validator(mode="after")
     def _robust_rules_count_alike(self) -> Self:

@@ -14,6 +14,9 @@ from fedoap.errors import ConfigError
 PERSONAL_PREFIX = "personal."
 """Starts the names of personal parameters, which never occur in a message."""
 
+CONTROL_PREFIX = "control."
+"""Starts the names of control variates, which travel with the shared parameters and are none."""
+
 PARTS: Mapping[str, tuple[str, ...]] = {
     "encoder": ("encoder.",),
     "bottleneck_q": ("bottleneck_q.",),

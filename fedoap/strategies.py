@@ -34,7 +34,19 @@ class Proximal:
     mu: float
 
 
-Term: TypeAlias = SharedPath | Proximal
+@dataclass(frozen=True, slots=True)
+class HeadFirst:
+    """A round's first steps move the personal parts alone, the others the shared ones alone."""
+
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """Each gradient is corrected by c - c_i: what all sites' gradients were, less this site's."""
+
+
+Term: TypeAlias = SharedPath | Proximal | HeadFirst | Controls
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +101,11 @@ STRATEGIES: Mapping[str, Strategy] = {
         source="Reddi et al. 2021, algorithm 2, arXiv:2003.00295",
         server=Adaptive("yogi"),
     ),
+    "scaffold": Strategy(
+        title="SCAFFOLD: FedAvg, each gradient corrected for the drift of its site",
+        source="Karimireddy et al. 2020, algorithm 1, arXiv:1910.06378",
+        terms=(Controls(),),
+    ),
     "fedbn": Strategy(
         title="FedBN: FedAvg with personal norms",
         source="Li et al. 2021, algorithm 1, arXiv:2102.07623",
@@ -98,6 +115,12 @@ STRATEGIES: Mapping[str, Strategy] = {
         title="FedPer: FedAvg with personal last layers",
         source="Arivazhagan et al. 2019, algorithm 1, arXiv:1912.00818",
         personal=("adapter", "head"),
+    ),
+    "fedrep": Strategy(
+        title="FedRep: personal last layers, trained before the shared rest in each round",
+        source="Collins et al. 2021, algorithm 1, arXiv:2102.07078",
+        personal=("adapter", "head"),
+        terms=(HeadFirst(0.5),),
     ),
     "ditto": Strategy(
         title="Ditto: a network of the site's own, held near the shared one, beside FedAvg",
@@ -164,8 +187,11 @@ def terms(config: StrategyConfig) -> tuple[Term, ...]:
         ConfigError: the strategy is unknown, or has no term that a given number belongs to.
     """
     found = find_strategy(config.name).terms
-    if config.proximal and not any(isinstance(term, Proximal) for term in found):
-        raise _no_use("proximal", config.proximal, config.name, [n for n, s in STRATEGIES.items() if _pulls(s)])
+    for key, kind in _TERM_NUMBERS.items():
+        value: float | None = getattr(config, key)
+        if value and not any(isinstance(term, kind) for term in found):
+            users = [n for n, s in STRATEGIES.items() if any(isinstance(term, kind) for term in s.terms)]
+            raise _no_use(key, value, config.name, users)
     return tuple(_with_numbers(term, config) for term in found)
 
 
@@ -219,22 +245,22 @@ _SERVER_NUMBERS: Mapping[str, str] = {
     "server_tau": "tau",
 }
 """Keys of `[strategy]`, and what the server optimizers call them."""
+_TERM_NUMBERS: Mapping[str, type[Term]] = {"proximal": Proximal, "head_fraction": HeadFirst}
+"""Keys of `[strategy]`, and the term whose number each is."""
 
 
 def _with_numbers(term: Term, config: StrategyConfig) -> Term:
     match term:
         case Proximal() if config.proximal is not None:
             return replace(term, mu=config.proximal)
+        case HeadFirst() if config.head_fraction is not None:
+            return replace(term, fraction=config.head_fraction)
         case _:
             return term
 
 
 def _numbers(server: Server) -> frozenset[str]:
     return frozenset(field.name for field in fields(server))
-
-
-def _pulls(strategy: Strategy) -> bool:
-    return any(isinstance(term, Proximal) for term in strategy.terms)
 
 
 def _no_use(key: str, value: float, name: str, users: list[str]) -> ConfigError:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import ArrayLike, NDArray
 
-from fedoap.aggregation import convert, merge_models
+from fedoap.aggregation import merge_models
+from fedoap.blobfile import convert, without
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError
 from fedoap.messages import CHUNK_BYTES
@@ -215,3 +216,12 @@ def test_conversion_rounds_floats_and_keeps_whole_numbers(tmp_path: Path) -> Non
     assert narrow == write_blob(tmp_path / "d", values, "bfloat16")
     assert read_blob(tmp_path / "c", wide)["w"].tolist() == [1.0, 1.0, -3.0]
     assert read_blob(tmp_path / "c", wide)["n"].tolist() == [0, 1, 2]
+
+
+def test_tensors_of_a_prefix_are_left_out_and_the_others_keep_their_bits(tmp_path: Path) -> None:
+    path, manifest = blob(tmp_path / "a", {"control.w": [9.0], "controls": [3.0], "w": [1.0, 2.0]}, "bfloat16")
+
+    rest = without(path, manifest, "control.", tmp_path / "b")
+
+    assert rest == write_blob(tmp_path / "c", {"controls": np.array([3.0]), "w": np.array([1.0, 2.0])}, "bfloat16")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fedoap.aggregation import convert, merge_models, published
+from fedoap.aggregation import merge_models, published
 from fedoap.bank import merge_bank
+from fedoap.blobfile import convert
 from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.fields import Frozen

@@ -1,18 +1,19 @@
 """What the ledger has to tell: sites, state, results, the model for use elsewhere."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
 
+from fedoap.blobfile import without
 from fedoap.config import BlobFiles, FederationConfig, ModelRecord
 from fedoap.errors import StorageError
 from fedoap.identity import fingerprint
+from fedoap.params import CONTROL_PREFIX
 from fedoap.protocol.course import Step, place
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
-from fedoap.tensors import TaskKind
+from fedoap.tensors import BlobManifest, TaskKind
 from fedoap_coordinator.blobs import blob_files
 from fedoap_coordinator.ledger import Ledger, TaskRow
 
@@ -183,7 +184,8 @@ def _result(state: Path, row: TaskRow) -> BlobFiles:
 
 
 def _copy(files: BlobFiles, target: Path) -> BlobFiles:
+    """Copy a blob, but for what only the sites' training needs."""
     manifest = target.with_suffix(".manifest")
-    shutil.copyfile(files.blob, target)
-    shutil.copyfile(files.manifest, manifest)
+    kept = without(files.blob, BlobManifest.unpack(files.manifest.read_bytes()), CONTROL_PREFIX, target)
+    manifest.write_bytes(kept.pack())
     return BlobFiles(blob=target.absolute(), manifest=manifest.absolute())

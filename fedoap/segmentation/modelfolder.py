@@ -84,12 +84,15 @@ def own_network(model: SiteModel, personal: Arrays) -> FedOAPNet:
     Raises:
         TensorsError: a name is no parameter of the network, or its shape another.
     """
+    if personal.keys() == model.personal_state().keys():
+        model.load_personal(personal)
+        return copy.deepcopy(model.personal)
     network = copy.deepcopy(model.personal)
     parameters = {PERSONAL_PREFIX + name: value for name, value in network.named_parameters()}
     for name, array in personal.items():
         if name not in parameters or array.shape != tuple(parameters[name].shape):
             raise TensorsError(f"personal weights: {name} of shape {array.shape} is not in the plan's network")
-    for name in model.personal_parameters():
+    for name in parameters:
         if name not in personal:
             raise TensorsError(f"personal weights: tensor {name} is missing")
     with torch.no_grad():

@@ -7,11 +7,13 @@ starts from bottleneck_kv. A step on the personal path trains the common and the
 step on the shared path the shared network alone; it is what runs where no site ever trained.
 
 Shared parameters go by their plain names, and these travel. Personal ones go by names that start with
-`personal.`, and stay.
+`personal.`, and stay. Control variates, where the strategy has them, travel with the shared parameters by
+names that start with `control.`, and a site's own stay.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -21,14 +23,23 @@ from torch import Tensor, nn
 
 from fedoap.config import Plan
 from fedoap.errors import ConfigError, TensorsError
-from fedoap.params import PERSONAL_PREFIX, check_matches, is_personal
+from fedoap.params import CONTROL_PREFIX, PERSONAL_PREFIX, check_matches, is_personal
 from fedoap.segmentation.network import Bank, FedOAPNet
-from fedoap.strategies import personal_parts
+from fedoap.strategies import Controls, find_strategy, personal_parts
 
 State: TypeAlias = dict[str, NDArray[np.float32]]
+Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 ModelPath: TypeAlias = Literal["personal", "shared"]
 
 _QUERY_BRANCH = "bottleneck_q.block.conv1.weight"
+
+
+@dataclass(slots=True)
+class ControlVariates:
+    """c, what travels, and c_i, the site's own, by the names of the shared parameters; both begin at 0."""
+
+    common: State
+    own: State
 
 
 class SiteModel(nn.Module):
@@ -51,6 +62,10 @@ class SiteModel(nn.Module):
             kept = ", ".join(parts)
             raise ConfigError(f"strategy.name is {plan.strategy.name}, which keeps {kept}: this network has none of it")
         self._twins = self._tie(parts)
+        self.controls: ControlVariates | None = None
+        if any(isinstance(term, Controls) for term in find_strategy(plan.strategy.name).terms):
+            zeros = {name: np.zeros_like(_array(parameter)) for name, parameter in self.shared_parameters().items()}
+            self.controls = ControlVariates(zeros, zeros)
         self.reset_personal()
 
     def forward(self, image: Tensor, bank: Bank | None = None, *, path: ModelPath = "personal") -> Tensor:
@@ -75,28 +90,47 @@ class SiteModel(nn.Module):
             yield PERSONAL_PREFIX + name, own[name], shared[twin]
 
     def shared_state(self) -> State:
-        """Return a copy of the shared weights: complete without any personal part."""
-        return {name: _array(parameter) for name, parameter in self.shared_parameters().items()}
+        """Return a copy of the shared weights, complete without any personal part, and of what travels with them."""
+        controls = {} if self.controls is None else _named(CONTROL_PREFIX, self.controls.common)
+        weights = {name: _array(parameter) for name, parameter in self.shared_parameters().items()}
+        return dict(sorted((controls | weights).items()))
 
-    def load_shared(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        """Take over shared weights; personal ones stay as they are.
+    def load_shared(self, state: Arrays) -> None:
+        """Take over shared weights; personal ones stay as they are. Control variates that are not there stay too.
 
         Raises:
             TensorsError: names, shapes or dtypes are not those of `shared_state`; nothing was changed.
         """
-        _load("shared weights", self.shared_parameters(), state)
+        weights, controls = self._apart(CONTROL_PREFIX, state)
+        _load("shared weights", self.shared_parameters(), weights)
+        if self.controls is not None and controls:
+            self.controls.common = controls
 
     def personal_state(self) -> State:
-        """Return a copy of the personal weights, by name with prefix."""
-        return {name: _array(parameter) for name, parameter in self.personal_parameters().items()}
+        """Return a copy of the personal weights, by name with prefix, and of the site's own control variates."""
+        controls = {} if self.controls is None else _named(PERSONAL_PREFIX + CONTROL_PREFIX, self.controls.own)
+        return controls | {name: _array(parameter) for name, parameter in self.personal_parameters().items()}
 
-    def load_personal(self, state: Mapping[str, NDArray[np.generic]]) -> None:
-        """Take over personal weights.
+    def load_personal(self, state: Arrays) -> None:
+        """Take over personal weights, and the site's own control variates if they are there.
 
         Raises:
             TensorsError: names, shapes or dtypes are not those of `personal_state`; nothing was changed.
         """
-        _load("personal weights", self.personal_parameters(), state)
+        weights, controls = self._apart(PERSONAL_PREFIX + CONTROL_PREFIX, state)
+        _load("personal weights", self.personal_parameters(), weights)
+        if self.controls is not None and controls:
+            self.controls.own = controls
+
+    def _apart(self, prefix: str, state: Arrays) -> tuple[Arrays, State]:
+        """Return the weights of a state, and the control variates of that prefix where the strategy has any."""
+        if self.controls is None:
+            return state, {}
+        rest = {name: value for name, value in state.items() if not name.startswith(prefix)}
+        controls = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if controls:
+            _check_all("control variates", self.shared_parameters(), controls)
+        return rest, {name: np.array(value, np.float32) for name, value in sorted(controls.items())}
 
     @torch.no_grad()
     def reset_personal(self) -> None:
@@ -122,23 +156,31 @@ def _names(network: FedOAPNet) -> list[str]:
     return [name for name, _ in network.named_parameters()]
 
 
+def _named(prefix: str, state: State) -> State:
+    return {prefix + name: value.copy() for name, value in state.items()}
+
+
 def _array(parameter: nn.Parameter) -> NDArray[np.float32]:
     return np.array(parameter.detach().cpu().numpy(), dtype=np.float32)
 
 
 @torch.no_grad()
-def _load(what: str, parameters: Mapping[str, nn.Parameter], state: Mapping[str, NDArray[np.generic]]) -> None:
+def _load(what: str, parameters: Mapping[str, nn.Parameter], state: Arrays) -> None:
+    _check_all(what, parameters, state)
+    for name, parameter in parameters.items():
+        parameter.copy_(torch.tensor(state[name]))
+
+
+def _check_all(what: str, parameters: Mapping[str, nn.Parameter], state: Arrays) -> None:
     for name in state:
         if name not in parameters:
             near = difflib.get_close_matches(name, parameters, n=1)
             raise TensorsError(f"{what}: unknown tensor {name}" + (f"; did you mean {near[0]}?" if near else ""))
     for name, parameter in parameters.items():
         _check(what, name, parameter, state)
-    for name, parameter in parameters.items():
-        parameter.copy_(torch.tensor(state[name]))
 
 
-def _check(what: str, name: str, parameter: nn.Parameter, state: Mapping[str, NDArray[np.generic]]) -> None:
+def _check(what: str, name: str, parameter: nn.Parameter, state: Arrays) -> None:
     if name not in state:
         raise TensorsError(f"{what}: tensor {name} is missing")
     array, shape = state[name], tuple(parameter.shape)

@@ -1,41 +1,111 @@
 """What a strategy's terms do to a site's gradients, after each backward pass and before they are clipped."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from fedoap.errors import ConfigError
 from fedoap.segmentation.objectives import add_proximal_gradient
-from fedoap.segmentation.sitemodel import SiteModel
-from fedoap.strategies import Proximal, SharedPath, Term
+from fedoap.segmentation.sitemodel import ControlVariates, SiteModel
+from fedoap.strategies import Controls, HeadFirst, Proximal, SharedPath, Term
 
 Amend: TypeAlias = Callable[[int], None]
-"""Changes the gradients of a step, which is told by its number in the site's course."""
+"""Changes the gradients of a step, which is told by its number in the round, from 0."""
 
 
-def amendment(terms: Sequence[Term], model: SiteModel) -> Amend:
-    """Return what all terms together do in a round that begins now."""
-    amends = [amend for term in terms for amend in _amends(term, model)]
+@dataclass(frozen=True, slots=True)
+class RoundTerms:
+    """All terms together, in one round."""
 
-    def amend_all(step: int) -> None:
-        for amend in amends:
+    amends: tuple[Amend, ...]
+    finishes: tuple[Callable[[], None], ...]
+
+    def amend(self, step: int) -> None:
+        """Change the gradients of a step."""
+        for amend in self.amends:
             amend(step)
 
-    return amend_all
+    def finish(self) -> None:
+        """Leave in the model what the round made beside its weights."""
+        for finish in self.finishes:
+            finish()
 
 
-def _amends(term: Term, model: SiteModel) -> list[Amend]:
+def begin_terms(terms: Sequence[Term], model: SiteModel, steps: int) -> RoundTerms:
+    """Return what the terms do in a round of so many steps that begins now.
+
+    Raises:
+        ConfigError: the steps are too few for one of them.
+    """
+    begun = [_begin(term, model, steps) for term in terms]
+    return RoundTerms(
+        tuple(amend for one in begun for amend in one.amends), tuple(finish for one in begun for finish in one.finishes)
+    )
+
+
+def _begin(term: Term, model: SiteModel, steps: int) -> RoundTerms:
     match term:
         case Proximal("shared", mu) if mu > 0:
             shared = list(model.shared_parameters().values())
-            return [_pull(shared, shared, mu)]
+            return RoundTerms((_pull(shared, shared, mu),), ())
         case Proximal("personal", mu) if mu > 0:
             twins = list(model.twins())
-            return [_pull([own for _, own, _ in twins], [twin for _, _, twin in twins], mu)]
+            return RoundTerms((_pull([own for _, own, _ in twins], [twin for _, _, twin in twins], mu),), ())
+        case HeadFirst(fraction):
+            return RoundTerms((_head_first(model, round(fraction * steps), steps),), ())
+        case Controls():
+            assert model.controls is not None
+            return _correct(model.shared_parameters(), model.controls, steps)
         case Proximal() | SharedPath():
-            return []
+            return RoundTerms((), ())
 
 
 def _pull(parameters: Sequence[Tensor], towards: Sequence[Tensor], mu: float) -> Amend:
     anchors = [one.detach().clone() for one in towards]
     return lambda _: add_proximal_gradient(parameters, anchors, mu)
+
+
+def _head_first(model: SiteModel, head_steps: int, steps: int) -> Amend:
+    """Let the first steps move personal parameters alone, the others shared ones alone.
+
+    Algorithm 1 of Collins et al. 2021 (arXiv:2102.07078), its tau local updates of the head before the
+    representation's. A parameter whose gradient is taken away is left alone by the optimizer.
+    """
+    if not 0 < head_steps < steps:
+        raise ConfigError(
+            f"training.steps_per_round is {steps}, of which {head_steps} are the head's: each part needs one"
+        )
+    head, body = list(model.personal_parameters().values()), list(model.shared_parameters().values())
+
+    def amend(step: int) -> None:
+        for parameter in body if step < head_steps else head:
+            parameter.grad = None
+
+    return amend
+
+
+def _correct(parameters: dict[str, nn.Parameter], controls: ControlVariates, steps: int) -> RoundTerms:
+    """Add c - c_i to each gradient, and leave the mean of the gradients themselves as the new c_i.
+
+    Algorithm 1 of Karimireddy et al. 2020 (arXiv:1910.06378), lines 10 to 12. Its option II reads the mean
+    gradient off the distance that plain SGD went; the mean itself is the same there, and right for AdamW too.
+    """
+    device = next(iter(parameters.values())).device
+    corrections = {name: torch.tensor(controls.common[name] - controls.own[name], device=device) for name in parameters}
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def amend(step: int) -> None:
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad
+                parameter.grad += corrections[name]
+
+    def finish() -> None:
+        controls.own = {name: (one / steps).cpu().numpy() for name, one in sums.items()}
+        controls.common = controls.own
+
+    return RoundTerms((amend,), (finish,))

@@ -12,7 +12,7 @@ from fedoap.segmentation.network import Bank
 from fedoap.segmentation.objectives import segmentation_loss
 from fedoap.segmentation.optimizer import SiteOptimizer, round_rate
 from fedoap.segmentation.sitemodel import SiteModel
-from fedoap.segmentation.terms import amendment
+from fedoap.segmentation.terms import begin_terms
 from fedoap.strategies import shared_path_fraction, terms
 
 
@@ -46,7 +46,11 @@ def train_round(
 
     count = training.steps_per_round
     stretch = Stretch("train", first, count, lambda step: round_rate(training, number, step - first), 0, count)
-    mean = descend(place, place.batches(first), stretch, Descent(loss, optimizer, amendment(terms(strategy), model)))
+    begun = begin_terms(terms(strategy), model, count)
+    mean = descend(
+        place, place.batches(first), stretch, Descent(loss, optimizer, lambda step: begun.amend(step - first))
+    )
+    begun.finish()
     if not place.leads:
         return {}
     dice = validation_dice(Predictor(place.plan, model, bank, place.device), place)

@@ -227,7 +227,7 @@ def _take_up(job: Job, model: "SiteModel", optimizer: "SiteOptimizer") -> None:
         return
     weights = load_tensors(job.personal / PERSONAL_FILE)
     # a calibrated network is all the site's own; its common parameters have no place beside newer shared ones
-    own = model.personal_parameters()
+    own = model.personal_state()
     model.load_personal({name: value for name, value in weights.items() if name in own})
     moments = job.personal / OPTIMIZER_FILE
     if moments.exists():

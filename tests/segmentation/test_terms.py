@@ -1,11 +1,17 @@
 """What each term does to a site's gradients, in numbers worked by hand."""
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 
-from easy_site import easy_plan
+from easy_site import easy_place, easy_plan
 from fedoap.config import StrategyConfig
+from fedoap.errors import ConfigError, TensorsError
 from fedoap.segmentation.sitemodel import SiteModel
-from fedoap.segmentation.terms import amendment
+from fedoap.segmentation.terms import begin_terms
+from fedoap.segmentation.training import site_optimizer, train_round
 from fedoap.strategies import terms
 
 
@@ -31,9 +37,9 @@ def test_fedprox_pulls_shared_weights_to_where_the_round_began() -> None:
     model, config = site_model(name="fedprox", proximal=0.5)
     set_all(model, 2.0, 0.0)
 
-    amend = amendment(terms(config), model)
+    begun = begin_terms(terms(config), model, 4)
     set_all(model, 5.0, 1.0)
-    amend(0)
+    begun.amend(0)
 
     assert gradients(model.shared_parameters()) == {2.5}
 
@@ -43,9 +49,9 @@ def test_ditto_pulls_its_own_network_alone() -> None:
     model, config = site_model(name="ditto", proximal=0.25)
     set_all(model, 2.0, 0.0)
 
-    amend = amendment(terms(config), model)
+    begun = begin_terms(terms(config), model, 4)
     set_all(model, 6.0, 1.0)
-    amend(0)
+    begun.amend(0)
 
     assert gradients(model.personal_parameters()) == {2.0}
     assert gradients(model.shared_parameters()) == {1.0}
@@ -53,11 +59,84 @@ def test_ditto_pulls_its_own_network_alone() -> None:
 
 def test_what_took_no_part_in_a_step_is_not_pulled() -> None:
     model, config = site_model(name="ditto", proximal=0.25)
-    amend = amendment(terms(config), model)
+    begun = begin_terms(terms(config), model, 4)
     set_all(model, 6.0, 1.0)
     for own in model.personal_parameters().values():
         own.grad = None
 
-    amend(0)
+    begun.amend(0)
 
     assert gradients(model.personal_parameters()) == set()
+
+
+def test_fedrep_moves_the_head_first_and_then_the_body() -> None:
+    """A quarter of 8 steps is 2. Planted bugs: the body first; both in every step."""
+    model, config = site_model(name="fedrep", head_fraction=0.25)
+    begun = begin_terms(terms(config), model, 8)
+    moved = []
+
+    for step in range(8):
+        set_all(model, 1.0, 3.0)
+        begun.amend(step)
+        moved.append((gradients(model.personal_parameters()), gradients(model.shared_parameters())))
+
+    assert moved == [({3.0}, set())] * 2 + [(set(), {3.0})] * 6
+
+
+def test_fedreps_steps_are_those_of_the_plan_together(tmp_path: Path) -> None:
+    place = easy_place(tmp_path, easy_plan(strategy=StrategyConfig(name="fedrep")))
+    model = SiteModel(place.plan)
+    optimizer = site_optimizer(model, place)
+
+    metrics = train_round(model, optimizer, None, 2, place)
+
+    moves = {name: int(value) for name, value in optimizer.state().items() if name.endswith(".step")}
+    assert metrics["steps"] == 12
+    assert (moves["personal.head.weight.step"], moves["encoder.0.conv1.weight.step"]) == (6, 6)
+
+
+def test_a_round_too_short_for_head_and_body_is_refused() -> None:
+    model, config = site_model(name="fedrep")
+
+    with pytest.raises(ConfigError, match="steps_per_round is 1, of which 0 are the head's: each part needs one"):
+        begin_terms(terms(config), model, 1)
+
+
+def test_scaffold_corrects_by_what_the_others_gradients_were() -> None:
+    """c - c_i = 3 - 1; gradients 1 and 4 become 3 and 6, and leave c_i = (1 + 4) / 2.
+
+    Planted bugs: the mean of the corrected gradients; the sum; c_i - c.
+    """
+    model, config = site_model(name="scaffold")
+    model.load_shared({name: np.full_like(value, 3.0) for name, value in model.shared_state().items()})
+    model.load_personal({name: np.full_like(value, 1.0) for name, value in model.personal_state().items()})
+    begun = begin_terms(terms(config), model, 2)
+    seen = []
+
+    for gradient in (1.0, 4.0):
+        set_all(model, 0.0, gradient)
+        begun.amend(0)
+        seen.append(gradients(model.shared_parameters()))
+    begun.finish()
+
+    assert seen == [{3.0}, {6.0}]
+    assert {float(x) for name, v in model.shared_state().items() if name[:8] == "control." for x in v.flat} == {2.5}
+    assert {float(x) for v in model.personal_state().values() for x in v.flat} == {2.5}
+
+
+def test_control_variates_travel_beside_the_weights_and_are_no_part_of_the_network() -> None:
+    """Planted bugs: the site's own sent as c; a missing c refused, so that no exported model can be loaded."""
+    model, _ = site_model(name="scaffold")
+    plain = {name: value for name, value in model.shared_state().items() if not name.startswith("control.")}
+    state = {name: np.full_like(value, 2.0) for name, value in model.shared_state().items()}
+
+    model.load_shared(state)
+    model.load_shared(plain)
+
+    assert list(model.shared_state()) == sorted(state)
+    assert model.controls is not None
+    assert {float(x) for v in model.controls.common.values() for x in v.flat} == {2.0}
+    assert {float(x) for v in model.controls.own.values() for x in v.flat} == {0.0}
+    assert list(site_model(name="fedavg")[0].shared_state()) == sorted(plain)
+    with pytest.raises(TensorsError, match=r"unknown tensor control\.adapter"):
+        site_model(name="fedavg")[0].load_shared(state)
