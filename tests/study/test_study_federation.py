@@ -20,6 +20,7 @@ from fedoap.simulation.layout import make_layout
 from fedoap.simulation.processes import Processes
 from fedoap.study.federation import run_federation
 from fedoap.study.figures import FederationRun, read_run
+from fedoap.study.work import quiet_process
 from fedoap.tensors import BlobManifest
 from tiny_study import left, no_report
 
@@ -36,7 +37,7 @@ run_federation(load_simulation(Path(sys.argv[1])), Path(sys.argv[2]), lambda *_:
 def test_it_is_bit_for_bit_the_federation_of_daemons_on_loopback(
     config: SimulationConfig, ran: tuple[Path, FederationRun], tmp_path: Path
 ) -> None:
-    """Planted bug: each round's job is told of no personal state."""
+    """Planted bug: training goes on from no personal state of the round before."""
     folder, run = ran
     layout = make_layout(tmp_path / "out", overwrite=False)
     display = Display(Console(file=StringIO()), config.plan, list(config.sites))
@@ -58,22 +59,31 @@ def test_it_is_bit_for_bit_the_federation_of_daemons_on_loopback(
 def test_what_ran_before_leaves_no_trace(
     config: SimulationConfig, ran: tuple[Path, FederationRun], tmp_path: Path
 ) -> None:
-    """Planted bugs: noise from PyTorch's global generator in a step; two threads left by the federation before."""
+    """Planted bug: noise from PyTorch's global generator in each batch."""
     folder, run = ran
     rounds = config.federation.rounds.model_copy(update={"count": 1})
     changed = config.federation.model_copy(update={"seed": 6, "rounds": rounds})
     other = config.model_copy(update={"federation": changed})
-    threads = torch.get_num_threads()
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002 - the one that nothing may depend on
-    run_federation(_with_threads(other, 2), tmp_path / "other", no_report)
+    run_federation(other, tmp_path / "other", no_report)
 
-    assert torch.get_num_threads() == threads
     again = run_federation(config, tmp_path / "again", no_report)
 
     assert left(tmp_path / "again") == left(folder)
     assert left(tmp_path / "other") != left(folder)
     assert [one.metrics for one in again.rounds] == [one.metrics for one in run.rounds]
+
+
+def test_a_job_leaves_the_process_as_many_threads_as_it_had() -> None:
+    """Planted bug: the job's number stays, so that a site without one of its own takes it over."""
+    before = torch.get_num_threads()
+
+    with quiet_process(before + 1):
+        within = torch.get_num_threads()
+        torch.set_num_threads(before + 2)
+
+    assert (within, torch.get_num_threads()) == (before + 1, before)
 
 
 def test_a_fresh_process_makes_the_same(
@@ -160,12 +170,6 @@ def test_what_a_site_cannot_do_ends_the_run_with_its_reason(config: SimulationCo
 
     with pytest.raises(DataError, match=r"data.spacing_mm has 3 numbers, but network.dimensions is 2"):
         run_federation(broken, tmp_path, no_report)
-
-
-def _with_threads(config: SimulationConfig, threads: int) -> SimulationConfig:
-    worker = config.sites["a"].worker.model_copy(update={"threads": threads})
-    sites = {name: site.model_copy(update={"worker": worker}) for name, site in config.sites.items()}
-    return config.model_copy(update={"sites": sites})
 
 
 def _with_worker(config: SimulationConfig, **changes: object) -> SimulationConfig:
