@@ -114,17 +114,21 @@ class Proxy:
                     return
                 left -= len(data)
                 self.bytes_up += len(data) if is_up else 0
-                await queue.put((self._loop.time() + self.line.seconds, data))
+                await queue.put((self._loop.time(), data))
         finally:
             sending.cancel()
 
     async def _deliver(self, queue: "asyncio.Queue[tuple[float, bytes]]", writer: asyncio.StreamWriter) -> None:
-        free = self._loop.time()
+        """Pass on each piece when its last byte is through.
+
+        It counts from when it came, not from when its turn did: a line does not get narrower because this thread
+        wakes late.
+        """
+        free = 0.0
         while True:
-            due, data = await queue.get()
-            if self.line.bytes_a_second:
-                free = max(free, self._loop.time()) + len(data) / self.line.bytes_a_second
-                due = max(due, free)
+            came, data = await queue.get()
+            free = max(free, came) + (len(data) / self.line.bytes_a_second if self.line.bytes_a_second else 0.0)
+            due = free + self.line.seconds
             if due > self._loop.time():
                 await asyncio.sleep(due - self._loop.time())
             with suppress(ConnectionError):
