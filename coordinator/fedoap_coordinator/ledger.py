@@ -210,8 +210,15 @@ class Ledger:
         with self._transaction():
             tokens = self._run("update invites set withdrawn=? where site=? and used is null", now, site).rowcount
             members = self._run("update members set revoked=? where site=? and revoked is null", now, site).rowcount
+            if members:
+                self.set_fact(f"revoked {site}", repr(now).encode())  # outlasts that the site joins anew
             self._next_epoch()
         return tokens + members > 0
+
+    def revoked_at(self, site: str) -> float | None:
+        """Return when a key of the site was revoked last, though it may have joined anew since; None if never."""
+        at = self.fact(f"revoked {site}")
+        return None if at is None else float(at)
 
     # Exchanges.
 

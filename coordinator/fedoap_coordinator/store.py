@@ -23,6 +23,7 @@ from fedoap.protocol.events import (
     OpenPart,
     RecordClosed,
     RecordOpened,
+    Revoked,
     Stored,
     StoreFailed,
     SyncPart,
@@ -162,6 +163,9 @@ class Store:
                 counted = tuple(one.upload for one in updates if one.counted)
                 result = self.ledger.published(row.result) if row.result else None
                 yield RecordClosed(row.task, row.outcome, counted, result, row.reason)
+            else:
+                at = ((site, self.ledger.revoked_at(site)) for site in row.manifest.cohort)
+                yield from (Revoked(site) for site, when in at if when is not None and when >= row.opened)
         yield from (one for one in self._arriving if one.upload in self._recorded)
 
     def _drop_what_is_over(self) -> None:

@@ -2,8 +2,9 @@
 
 The coordinator's store writes three kinds of record, in this order for each exchange: `RecordOpened`,
 an `Update` for each upload that became durable, `RecordClosed`. At a start it adds an `Arriving` for each
-upload that is durable in part. `replay` makes a `History` of them, and a `Coordinator` that is given this
-history goes on exactly where the one before it ended.
+upload that is durable in part, and a `Revoked` for each site that lost its key in the open exchange.
+`replay` makes a `History` of them, and a `Coordinator` that is given this history goes on exactly where
+the one before it ended.
 """
 
 from collections.abc import Iterable
@@ -11,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from fedoap.chain import Outcome
-from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Update
+from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Revoked, Update
 from fedoap.tensors import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 
-Record: TypeAlias = RecordOpened | Update | Arriving | RecordClosed
+Record: TypeAlias = RecordOpened | Update | Arriving | Revoked | RecordClosed
 MODEL_KINDS: frozenset[TaskKind] = frozenset({"init", "train"})
 BANK_KINDS: frozenset[TaskKind] = frozenset({"seed", "bank"})
 
@@ -44,6 +45,8 @@ class OpenExchange:
     updates: tuple[Update, ...] = ()
     arriving: tuple[Arriving, ...] = ()
     """Uploads that were under way when the coordinator started."""
+    revoked: frozenset[str] = frozenset()
+    """Sites that sit this exchange out: what they sent, they sent under a key that was revoked since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ def after(history: History, record: Record) -> History:
             return replace(history, open=_with(opened, record)) if first else history
         case Arriving(), OpenExchange() as opened if record.manifest.task == opened.task:
             return replace(history, open=replace(opened, arriving=(*opened.arriving, record)))
+        case Revoked(site), OpenExchange() as opened:
+            return replace(history, open=replace(opened, revoked=opened.revoked | {site}))
         case RecordClosed(), OpenExchange() as opened if record.task == opened.task:
             return _closed(history, opened.manifest, record)
         case _:

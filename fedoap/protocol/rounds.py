@@ -37,6 +37,7 @@ FIRST_MERGE_PAUSE_SECONDS = 10.0
 """Until a merge that failed is tried again; doubles each time, since a full disk needs an operator."""
 ATTEMPT_PAUSES_SECONDS = (30.0, 120.0, 480.0, 1920.0)
 """Until a step that sites could not do is tried again: what ails them may pass, or needs their operator."""
+KEY_REVOKED = "its key was revoked"
 MOST_TEXT = 500
 """Characters of a reason that a message can carry."""
 
@@ -111,13 +112,15 @@ class Rounds:
     def start(self, now: float) -> Effects:
         """Take up the exchange that was under way; its deadline and the sites' silence count from now."""
         self.now = now
-        opened = self.history.open
+        opened, effects = self.history.open, Effects()
         if opened is not None:
             self.exchange = Exchange(opened.manifest, opened.task, now, self._quorum(opened.manifest))
             self.uploads.begin(opened.secret)
             for arriving in opened.arriving:
                 self.uploads.resume(arriving, now)
-        return self.change_roster(self.roster)
+            for site in sorted(opened.revoked & self.exchange.cohort):
+                effects += self._give_up(site, KEY_REVOKED)
+        return [*effects, *self.change_roster(self.roster)]
 
     def change_roster(self, roster: Roster) -> Effects:
         """Go by this roster from now on: a site that is not on it any more is not waited for."""
@@ -125,7 +128,7 @@ class Rounds:
         effects: Effects = []
         for site in self.exchange.manifest.cohort if self.exchange else ():
             if site not in self.active:
-                effects += self._give_up(site, "its key was revoked")
+                effects += self._give_up(site, KEY_REVOKED)
         return effects
 
     def advance(self, now: float) -> Effects:

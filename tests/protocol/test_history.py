@@ -1,7 +1,8 @@
 from dataclasses import replace
 
 from desk import Desk
-from fedoap.protocol.events import RecordClosed, RecordOpened, Update
+from federation_builders import config
+from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Revoked, Update
 from fedoap.protocol.history import History, after, replay
 
 
@@ -74,3 +75,29 @@ def test_records_come_in_the_order_opened_updates_closed() -> None:
 def test_nothing_recorded_is_an_empty_history() -> None:
     assert replay([]) == History()
     assert History().schema is None
+
+
+def test_what_was_sent_under_a_revoked_key_counts_after_no_restart_though_the_site_joined_anew() -> None:
+    """Planted bug: revoked is who is revoked at the start."""
+    desk = Desk(config=config(quorum=2))
+    desk.to_train()
+    desk.commit("alpha")
+    desk.records.append(Revoked("alpha"))
+
+    desk.boot()
+    desk.join(*desk.config.sites)
+    desk.commit("beta", "gamma")
+
+    merges = [one for one in desk.effects if isinstance(one, Aggregate) and one.manifest.kind == "train"]
+    assert [[update.site for update in merge.updates] for merge in merges] == [["beta", "gamma"]]
+
+
+def test_a_revocation_is_forgotten_with_the_exchange() -> None:
+    desk = _desk()
+    revoked = replay([*desk.records, Revoked("alpha")])
+    assert revoked.open is not None
+    assert revoked.open.revoked == {"alpha"}
+
+    closed = after(revoked, RecordClosed(desk.open.task, "abandoned", (), None))
+
+    assert after(closed, Revoked("alpha")) == closed

@@ -29,6 +29,9 @@ class Checks:
         self._model: BlobManifest | None = None
         self._done: list[tuple[str, int]] = []
         self._counted: set[bytes] = set()
+        self._tainted: set[bytes] = set()
+        """Updates under a key that was revoked before they were first merged."""
+        self._merged: set[bytes] = set()
 
     def sent(self, header: bytes, body: bytes) -> None:
         assert b"personal." not in header + body, "a personal parameter's name occurs in a message"
@@ -55,12 +58,18 @@ class Checks:
             assert message.at + size - TAG_BYTES <= credit, "a site sent more than it had credit for"
 
     def merging(self, effect: Aggregate) -> None:
+        self._merged.add(effect.task)
         sites = [update.site for update in effect.updates]
         assert sites == sorted(set(sites)), "an update was counted twice, or out of order"
         assert len(sites) >= (1 if effect.manifest.kind == "init" else self._config.quorum), "merged without a quorum"
         for update in effect.updates:
             assert update.upload in self._durable, "an update was counted that is not durable"
             assert update.manifest.task == effect.task, "an update of another task was counted"
+            assert update.upload not in self._tainted, "an update counts though its key was revoked"
+
+    def revoked(self, names: list[str]) -> None:
+        mine = [one for one in self._durable.values() if one.site in names]
+        self._tainted |= {one.upload for one in mine if one.manifest.task not in self._merged}
 
     def recorded(self, record: RecordOpened | Update | RecordClosed) -> None:
         match record:

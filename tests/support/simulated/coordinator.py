@@ -1,11 +1,13 @@
 """The coordinator's daemon in the simulation: its disk outlasts a crash as far as it was synced, all else does not."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, roster
+from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, curve, public, roster, secret
 from fedoap.config import FederationConfig
 from fedoap.errors import SealError
+from fedoap.identity import Member, Roster
 from fedoap.messages import Credit, Data, FromCoordinator, Go
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
@@ -21,6 +23,8 @@ from fedoap.protocol.events import (
     OpenPart,
     RecordClosed,
     RecordOpened,
+    Revoked,
+    RosterChanged,
     Send,
     SendBlob,
     Stored,
@@ -62,7 +66,8 @@ class CoordinatorProcess:
     ) -> None:
         self._config, self._clock, self._rng, self._faults, self._checks = config, clock, rng, faults, checks
         self._nonce, self._send, self._gone = nonce, send, gone
-        self.records: list[RecordOpened | Update | RecordClosed] = []
+        self.records: list[RecordOpened | Update | Revoked | RecordClosed] = []
+        self._roster = roster(sites=config.sites)
         self._synced: dict[bytes, SyncPart] = {}
         """Rows: how far each upload is durable."""
         self.disk = Disk(rng, faults.disk_full)
@@ -78,7 +83,7 @@ class CoordinatorProcess:
         self.check_blobs()
         self.machine = Coordinator(
             self._config,
-            roster(sites=self._config.sites),
+            self._roster,
             replay([*self.records, *arriving]),
             signing_key=FEDERATION_SECRET,
             random_bytes=self._nonce,
@@ -90,6 +95,21 @@ class CoordinatorProcess:
     def handle(self, event: CoordinatorEvent) -> None:
         if self.machine is not None:
             self._carry_out(self.machine.handle(event, self._clock.now))
+
+    def revoke(self, names: list[str]) -> None:
+        """Withdraw the keys of sites; the operator's command writes it down, whether the daemon runs or not."""
+        self.records += [Revoked(name) for name in names]
+        self._checks.revoked(names)
+        self._change({name: replace(one, revoked=True) for name in names if (one := self._roster.find(name))})
+
+    def enrol(self, name: str, key: str) -> None:
+        """Take in a site that has new keys."""
+        self._change({name: Member(name, curve(key), public(secret(key)))})
+
+    def _change(self, members: Mapping[str, Member]) -> None:
+        now = tuple(members.get(one.name, one) for one in self._roster.members)
+        self._roster = Roster(self._roster.epoch + 1, now)
+        self.handle(RosterChanged(self._roster))
 
     def crash(self) -> None:
         self.crashes += 1

@@ -11,9 +11,9 @@ Deliver = Callable[[bytes, bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Spell:
-    """Something that lasts a while: some sites are cut off, or the disks of some are full."""
+    """Something that lasts a while: some sites are cut off, the disks of some are full, or the keys of some revoked."""
 
-    kind: Literal["cut off", "full"]
+    kind: Literal["cut off", "full", "revoked"]
     at: float
     seconds: float
     whom: frozenset[int]
@@ -68,7 +68,7 @@ class Faults:
 
 def _spell(rng: random.Random) -> Spell:
     whom = frozenset(rng.sample((-1, 0, 1, 2), rng.choice((1, 1, 2))))
-    return Spell(rng.choice(("cut off", "full")), rng.random() * 30, rng.choice((5.0, 20.0, 100.0)), whom)
+    return Spell(rng.choice(("cut off", "full", "revoked")), rng.random() * 30, rng.choice((5.0, 20.0, 100.0)), whom)
 
 
 @dataclass(slots=True)

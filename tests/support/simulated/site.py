@@ -66,6 +66,7 @@ class SiteProcess:
         self.machine: Site | None = None
         self.life = 0
         self.crashes = 0
+        self.joins = 0
         self.has_finished = False
         self.trained: list[bytes] = []
 
@@ -74,11 +75,29 @@ class SiteProcess:
         self._running = b""
         partly = {part: self._right_bytes(part) for part in self.disk.names("parts")}
         have = frozenset(self.disk.names("blobs"))
-        key = secret(self.name)
         self.machine = Site(
-            "demo", self.name, FEDERATION_KEY, key, curve(self.name), have=have, partly=partly, software="sim"
+            "demo",
+            self.name,
+            FEDERATION_KEY,
+            secret(self.key),
+            curve(self.key),
+            have=have,
+            partly=partly,
+            software="sim",
         )
         self._tick(self.life)
+
+    @property
+    def key(self) -> str:
+        """What the site's keys are made from."""
+        return f"{self.name} {self.joins}" if self.joins else self.name
+
+    def join_anew(self) -> str:
+        """Start with nothing but new keys, and return what they are made from."""
+        self.joins += 1
+        self.disk = Disk(self._rng, self._faults.disk_full)
+        self.boot()
+        return self.key
 
     def handle(self, event: SiteEvent) -> None:
         if self.machine is None:
@@ -95,7 +114,8 @@ class SiteProcess:
         self.machine = None
         self.disk.crash()
         self._gone(self.name)
-        self._clock.after(self._rng.random() * self._faults.outage, self.boot)
+        life = self.life
+        self._clock.after(self._rng.random() * self._faults.outage, lambda: self.boot() if life == self.life else None)
 
     def _perhaps_crash(self) -> None:
         chance = self._faults.crash_site
@@ -221,7 +241,7 @@ class SiteProcess:
         return self.handle(self._done(task, manifest))
 
     def _done(self, task: bytes, manifest: TaskManifest) -> WorkDone:
-        key = hashlib.sha256(task + secret(self.name)).digest()
+        key = hashlib.sha256(task + secret(self.key)).digest()
         made = self._made[manifest.work]
         upload = UploadManifest(task, self.name, 12, (("loss", 0.5),), made, public_half(key))
         self._seals[hashlib.sha256(upload.pack()).digest()] = Seal.of_site(upload, key, manifest.seal_key)

@@ -41,6 +41,7 @@ class World:
         self.sites = {name: self._site(name, config) for name in config.sites}
         self._routes: dict[str, bytes] = {}
         self._owner: dict[bytes, str] = {}
+        self._revoked: set[str] = set()
         self._nonces = 0
         self.events = 0
 
@@ -85,6 +86,7 @@ class World:
             "crashes": self.coordinator.crashes + sum(site.crashes for site in sites),
             "writes lost or torn": self.coordinator.disk.lost + sum(site.disk.lost for site in sites),
             "messages corrupted": self.network.corrupted,
+            "keys revoked": sum(site.joins for site in sites),
         }
 
     def _end(self) -> History:
@@ -107,9 +109,26 @@ class World:
             self.clock.after(NOTICED_SECONDS, lambda: self._notice(names))
             self.clock.after(spell.seconds, lambda: self.network.cut_off.difference_update(names))
             return
+        if spell.kind == "revoked":
+            self._revoke(names, spell.seconds)
+            return
         disks = [self.sites[name].disk for name in names] + ([self.coordinator.disk] if -1 in spell.whom else [])
         _fill(disks, is_full=True)
         self.clock.after(spell.seconds, lambda: _fill(disks, is_full=False))
+
+    def _revoke(self, names: list[str], seconds: float) -> None:
+        """Revoke the keys of sites; each joins again after a while, with new keys and an empty folder."""
+        gone = [name for name in names if name not in self._revoked]
+        self._revoked.update(gone)
+        self.coordinator.revoke(gone)
+        self.clock.after(seconds, lambda: self._invite(gone))
+
+    def _invite(self, names: list[str]) -> None:
+        self._revoked.difference_update(names)
+        for name in names:
+            self.coordinator.enrol(name, self.sites[name].join_anew())
+            self._routes.pop(name, None)
+            self._connect_later(name)
 
     def _notice(self, names: list[str]) -> None:
         for name in names:
@@ -127,7 +146,7 @@ class World:
         site = self.sites[name]
         if name in self._routes:
             return
-        if site.machine is None or self.coordinator.machine is None or name in self.network.cut_off:
+        if site.machine is None or self.coordinator.machine is None or name in self.network.cut_off | self._revoked:
             self._connect_later(name)
             return
         route = self._rng.randbytes(5)
