@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from fedoap.errors import ConfigError
 from fedoap.report.page import templates
 from fedoap.report.study_about import (
     completeness,
@@ -21,12 +22,12 @@ from fedoap.report.study_findings import (
     bound_section,
     differences_section,
     headline,
-    sizes_section,
     unseen_section,
 )
 from fedoap.report.study_gallery import galleries
 from fedoap.report.study_rows import read_tables
 from fedoap.report.study_scores import DICE, METRICS, Study
+from fedoap.report.study_sizes import sizes_section
 from fedoap.report.study_tables import MEAN, columns, score_tables
 
 CASES = "cases.csv"
@@ -45,7 +46,7 @@ def write_study_report(folder: Path, page: Path) -> None:
     Raises:
         ConfigError: nothing is done yet, or a table has another form.
     """
-    study = Study(read_tables(folder))
+    study = _read(folder)
     html = (
         templates()
         .get_template("study.html.j2")
@@ -68,7 +69,7 @@ def write_study_markdown(folder: Path, target: Path) -> Path:
     Raises:
         ConfigError: nothing is done yet, or a table has another form.
     """
-    study = Study(read_tables(folder))
+    study = _read(folder)
     name = study.tables.study
     found = sections(study)
     figures = target / name
@@ -124,3 +125,12 @@ def scores_section(study: Study) -> Section:
     )
     more = [table for metric in METRICS[1:] for table in found[metric.column]]
     return Section("Scores on test cases", text, found[DICE.column], more, "The same for IoU, HD95 and NSD", [drawing])
+
+
+def _read(folder: Path) -> Study:
+    study = Study(read_tables(folder))
+    if not study.final.sites:
+        raise ConfigError(
+            f"{folder / CASES}: holds no test case at stage final; run the study until a first run is done"
+        )
+    return study

@@ -55,7 +55,7 @@ def completeness(study: Study) -> list[str]:
     done = {name: study.done(name) for name in variants}
     total = len(runs) * len(variants)
     count = sum(map(len, done.values()))
-    said = [f"{count} of {plural(total, 'run')} are done, of the variants, folds and seeds that have begun."]
+    said = [f"{count} of {plural(total, 'run')} done, of the variants, folds and seeds that have begun."]
     for name, found in done.items():
         if missing := [run for run in runs if run not in found]:
             where = ", ".join(f"fold {run.fold} seed {run.seed}" for run in missing)

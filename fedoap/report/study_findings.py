@@ -1,12 +1,9 @@
 """What a study's figures say in sentences, and the parts of the page that compare: bound, ablations, unseen organs."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
-
-from fedoap.report.statistics import FEWEST_PAIRS, Estimate, mean_interval, share
-from fedoap.report.study_charts import Look, Point, forest, lines
+from fedoap.report.statistics import FEWEST_PAIRS, Estimate, share
+from fedoap.report.study_charts import forest
 from fedoap.report.study_content import (
     NOTHING,
     Cell,
@@ -18,7 +15,7 @@ from fedoap.report.study_content import (
     score,
     sentence,
 )
-from fedoap.report.study_scores import DICE, METRICS, Metric, Scores, Study, family, is_cut
+from fedoap.report.study_scores import DICE, METRICS, Metric, Scores, Study
 from fedoap.report.study_tables import (
     MEAN,
     columns,
@@ -148,58 +145,6 @@ def unseen_section(study: Study) -> Section | None:
         "for two epochs on the site's own training cases.",
     ]
     return Section("Unseen sites", text, tables, more, "Differences to the best federated baseline")
-
-
-def sizes_section(study: Study, look: dict[str, Look]) -> Section | None:
-    """Return Dice against how many training cases a site had, where a study varies that."""
-    points = _by_size(study)
-    if not points:
-        return None
-    drawings, tables = [], []
-    for site, series in points.items():
-        known = {name: each for name, each in series.items() if name in study.drawn}
-        drawings.append(Drawing(f"sizes-{site}", f"Test Dice at {site}", lines(known, "training cases", "Dice", look)))
-        rows = [
-            [Cell(name), *(Cell(f"{size:.0f}: {score(each)}") for size, each in values)]
-            for name, values in series.items()
-        ]
-        widest = max(len(each) for each in rows)
-        filled = [[*each, *[Cell(NOTHING)] * (widest - len(each))] for each in rows]
-        tables.append(Table(f"{site}: training cases and Dice", ["variant", *[""] * (widest - 1)], filled))
-    text = ["Only the site named had fewer cases. ± is the 95 % t-interval over runs."]
-    return Section("Dice against training-set size", text, tables, drawings=drawings)
-
-
-def _by_size(study: Study) -> dict[str, dict[str, list[Point]]]:
-    cut_sites = sorted({row.site for row in study.tables.cases if is_cut(row, study.most)})
-    names = study.roles.everyone
-    found: dict[str, dict[str, list[Point]]] = {}
-    for site in cut_sites:
-        runs: dict[tuple[str, int | None], dict[object, list[float]]] = defaultdict(lambda: defaultdict(list))
-        sizes: dict[str, list[int]] = defaultdict(list)
-        for row in study.tables.cases:
-            if row.site != site or row.stage != "final" or row.dice is None or row.training_cases is None:
-                continue
-            name = family(row.variant, names)
-            cut = is_cut(row, study.most)
-            if row.variant in study.cut and not cut:
-                continue
-            runs[name, row.training_cases if cut else None][row.run].append(row.dice)
-            if not cut:
-                sizes[name].append(row.training_cases)
-        found[site] = _points(runs, sizes)
-    return found
-
-
-def _points(
-    runs: dict[tuple[str, int | None], dict[object, list[float]]], sizes: dict[str, list[int]]
-) -> dict[str, list[Point]]:
-    series: dict[str, list[Point]] = defaultdict(list)
-    for (name, size), values in runs.items():
-        estimate = mean_interval([float(np.mean(each)) for each in values.values()])
-        if estimate:
-            series[name].append((float(np.mean(sizes[name])) if size is None else float(size), estimate))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in series.items() if len(points) > 1}
 
 
 def _without_gain(place: str, figures: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fedoap.cli import cli
+from fedoap.errors import ConfigError
 from fedoap.report.pictures import write_picture
 from fedoap.report.results import CaseFigures, EvaluationFile, Figures
 from fedoap.report.study import write_study_markdown, write_study_report
@@ -99,7 +100,7 @@ def test_data_splits_budget_seeds_and_versions_are_stated(markdown: Path) -> Non
     assert "Made with fedoap 0.1.0, torch 2.13.0." in text
     assert "| kidney | kidney | 9 to 10 | 12 | 12 |" in text
     assert "| lung (unseen) | lung | 40 | 8 | 8 |" in text
-    assert "30 of 30 runs are done" in text
+    assert "30 of 30 runs done" in text
 
 
 def test_the_search_is_stated_with_its_budget_and_choice(markdown: Path) -> None:
@@ -135,7 +136,7 @@ def test_missing_runs_are_counted_and_named(tmp_path: Path) -> None:
 
     text = _text(tmp_path, study)
 
-    assert "4 of 6 runs are done" in text
+    assert "4 of 6 runs done" in text
     assert "Missing of fedavg: fold 1 seed 0, fold 2 seed 0." in text
     assert "| fedavg (1 of 3 runs) |" in text
 
@@ -189,6 +190,19 @@ def test_cases_alone_make_a_page_that_says_what_is_missing(tmp_path: Path) -> No
     assert "rounds.csv is missing or empty" in text
     assert "The budget of steps is not known." in text
     assert "Course and cost" not in text
+
+
+def test_a_study_without_a_finished_model_is_named(tmp_path: Path) -> None:
+    """Planted bug: the first of no columns."""
+    head = HEADS["cases"].split(",")
+    write_table(
+        tmp_path / "cases.csv",
+        head,
+        [["s", "local", 0, 0, "lung", "lung", "unseen", "tuned", 0, 0, 8, 0.5, 0.4, "", 0.6]],
+    )
+
+    with pytest.raises(ConfigError, match=r"cases\.csv: holds no test case at stage final"):
+        write_study_report(tmp_path, tmp_path / "report.html")
 
 
 def test_unequal_budgets_are_said(tmp_path: Path) -> None:
@@ -254,16 +268,32 @@ def test_markdown_of_what_is_no_study_is_refused(tmp_path: Path, more: list[str]
     assert expected in said.output
 
 
-def test_sizes_are_points_of_the_site_that_was_cut(folder: Path, markdown: Path) -> None:
+def test_sizes_are_columns_of_the_site_that_was_cut(markdown: Path) -> None:
     """Planted bug: a size's rows counted with all cases."""
-    assert Study(read_tables(folder)).roles.everyone == tuple(
-        name for name in ("local", "fedavg", "fedprox", "fedoap", "fedoap-no-bank", "pooled")
-    )
-    small, middle, whole = _cells(markdown.read_text(), "kidney: training cases and Dice", "local")
-    means = [float(re.sub(r"^\d+: ([\d.]+).*", r"\1", cell)) for cell in (small, middle, whole)]
-    assert (small[:2], middle[:2], whole[:3]) == ("3:", "6:", "10:")
-    assert means[0] < means[1] < means[2]
-    assert means[2] == pytest.approx(float(_cells(markdown.read_text(), "Dice (higher", "local")[3][:5]), abs=0.0011)
+    text = markdown.read_text()
+
+    assert "| variant | 3 | 6 | all |" in text
+    small, middle, whole = _cells(text, "Dice at kidney by training cases", "local")
+    assert float(small[:5]) < float(middle[:5]) < float(whole[:5])
+    assert whole == _cells(text, "Dice (higher", "local")[3].removesuffix("<br>tied") + "<br>10 cases"
+
+
+def test_a_variant_cut_by_name_is_a_point_of_its_twin_s_curve(tmp_path: Path) -> None:
+    """Planted bug: each name a curve of its own."""
+    write_study(tmp_path, Invented({"local": 0.0, "fedavg": 0.0}, folds=0, images=1))
+    head = HEADS["cases"].split(",")
+    rows = [[getattr(row, name) for name in head] for row in read_tables(tmp_path).cases]
+    small = [[row[0], "fedavg-n3", *row[2:]] for row in rows if row[1] == "fedavg" and row[4] == "kidney"]
+    for row in small:
+        row[head.index("training_cases")] = 3
+    whole = [[*row[: head.index("training_cases")], 9, *row[head.index("dice") :]] for row in rows]
+    write_table(tmp_path / "cases.csv", head, [*whole, *small])
+
+    text = write_study_markdown(tmp_path, tmp_path).read_text()
+
+    three, every = _cells(text, "Dice at kidney by training cases", "fedavg")
+    assert every == f"{three}<br>9 cases"
+    assert "fedavg-n3" not in text
 
 
 def test_of_many_variants_figures_show_those_that_the_others_are_held_against(tmp_path: Path) -> None:
