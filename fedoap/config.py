@@ -89,11 +89,14 @@ class TrainingConfig(Frozen):
 
 
 class CalibrationConfig(Frozen):
-    """The personalisation stage after the last round: the perturbed boundary loss."""
+    """The personalisation stage after the last round: the perturbed boundary loss, or one to compare it with."""
 
     steps: Annotated[int, Field(ge=0)] = 200
     """Optimizer steps; 0 leaves the stage out."""
     learning_rate: Positive = 3e-4
+    loss: Literal["pbl", "plain", "hausdorff_dt", "boundary"] = "pbl"
+    distance_weight: Positive = 0.01
+    """Weight of what `hausdorff_dt` or `boundary` adds to the plain loss."""
     region: Literal["error", "band", "both"] = "error"
     radius: Annotated[int, Field(ge=1, le=16)] = 1
     """Half-width of the boundary band in voxels."""

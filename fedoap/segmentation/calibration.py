@@ -1,6 +1,6 @@
 """After the rounds: the site's own network is fine-tuned on its own images, and everything is measured.
 
-`calibrate` ends a federated course with the perturbed boundary loss. `train_alone` is what it is
+`calibrate` ends a federated course with the perturbed boundary loss, or another. `train_alone` is what it is
 compared with, under the same budget.
 """
 
@@ -13,14 +13,14 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from fedoap.config import Plan, StrategyConfig
-from fedoap.kernels import perturbed_boundary_loss
 from fedoap.segmentation.averaging import RunningMean
+from fedoap.segmentation.boundaries import calibration_loss
 from fedoap.segmentation.data import prepared_cases
 from fedoap.segmentation.descent import Batches, Descent, Loss, Metrics, Progress, Stretch, Workplace, descend
 from fedoap.segmentation.evaluation import evaluate, mean_dice
 from fedoap.segmentation.modelfolder import Predictor, autocast
 from fedoap.segmentation.network import Bank, FedOAPNet
-from fedoap.segmentation.objectives import SMOOTH, segmentation_loss
+from fedoap.segmentation.objectives import segmentation_loss
 from fedoap.segmentation.optimizer import SiteOptimizer, cosine_rate, course_rate
 from fedoap.segmentation.sitemodel import SiteModel
 
@@ -28,8 +28,8 @@ from fedoap.segmentation.sitemodel import SiteModel
 def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[FedOAPNet, Metrics]:
     """Return the site's calibrated network, all of it its own, and how well it and the shared one do.
 
-    A copy of the personal network takes `calibration.steps` steps of the perturbed boundary loss at one
-    cosine of the learning rate. The model itself stays as it is.
+    A copy of the personal network takes `calibration.steps` steps of `calibration.loss` at one cosine of
+    the learning rate. The model itself stays as it is.
 
     Raises:
         DataError: a case is wrong.
@@ -42,7 +42,7 @@ def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[Fe
         "steps": float(place.plan.calibration.steps),
     }
     first, steps = _round_steps(place), place.plan.calibration.steps
-    loss = _perturbed_loss(place.parallel(network), bank, place)
+    loss = _calibration_loss(place.parallel(network), bank, place)
     stretch = Stretch("calibrate", first, steps, _calibration_rate(place), 0, steps)
     looks = _fine_tune(Predictor(place.plan, network, bank, place.device), loss, place, place.batches(first), stretch)
     dice = {"dice_validation_before": looks[0], "dice_validation": max(looks)}
@@ -151,23 +151,12 @@ def _plain_loss(network: nn.Module, place: Workplace, bank: Bank | None = None) 
     return loss
 
 
-def _perturbed_loss(network: nn.Module, bank: Bank | None, place: Workplace) -> Loss:
-    config = place.plan.calibration
-
+def _calibration_loss(network: nn.Module, bank: Bank | None, place: Workplace) -> Loss:
     def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
         with autocast(place.device):
             logits = network(image, bank)
-        return perturbed_boundary_loss(
-            logits,
-            mask,
-            seed=place.seed(f"noise of rank {place.rank}", step),
-            radius=config.radius,
-            sigma=config.sigma,
-            tau=config.tau,
-            lam=config.lam,
-            smooth=SMOOTH,
-            region=config.region,
-        )
+        seed = place.seed(f"noise of rank {place.rank}", step)
+        return calibration_loss(logits, mask, place.plan.calibration, seed)
 
     return loss
 

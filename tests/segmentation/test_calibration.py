@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,24 @@ def test_the_same_calibration_gives_the_same_bits(tmp_path: Path) -> None:
 
     assert equal(one, two)
     assert not equal(one, model.personal)
+
+
+def test_calibration_takes_the_loss_that_the_plan_names(tmp_path: Path) -> None:
+    """Planted bug: the perturbed boundary loss whatever the name."""
+    place = easy_place(tmp_path, easy_plan(steps=4))
+    model = trained(place)
+
+    def calibrated(**settings: object) -> FedOAPNet:
+        config = CalibrationConfig.model_validate(
+            {"steps": 20, "evaluations": 2, "learning_rate": 1e-2, "sigma": 2.0, "distance_weight": 0.5, **settings}
+        )
+        plan = place.plan.model_copy(update={"calibration": config})
+        return calibrate(model, None, replace(place, plan=plan))[0]
+
+    pbl, plain, hausdorff, boundary = (calibrated(loss=name) for name in ("pbl", "plain", "hausdorff_dt", "boundary"))
+
+    assert not any(equal(one, two) for one, two in combinations((model.personal, pbl, plain, hausdorff, boundary), 2))
+    assert equal(plain, calibrated(loss="pbl", lam=0.0))
 
 
 def test_validation_is_looked_at_as_often_as_configured(tmp_path: Path) -> None:
