@@ -111,8 +111,8 @@ def study(
     options = Options(jobs or 0, on_ray, only, until)
     outcome = run_study(load_study(config), out, options, _console())
     left = f", {outcome.left} left for another time" if outcome.left else ""
-    failed = f", {len(outcome.failed)} failed: {', '.join(outcome.failed)}" if outcome.failed else ""
-    click.echo(f"{outcome.done} runs done{left}{failed}; see {out / 'cases.csv'}")
+    failed = f", {len(outcome.failed)} failed: {', '.join(sorted(outcome.failed))}" if outcome.failed else ""
+    click.echo(f"{outcome.done} runs done{left}{failed}; see {out}")
     return 1 if outcome.failed else 0
 
 

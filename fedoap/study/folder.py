@@ -18,6 +18,7 @@ from fedoap.errors import ConfigError
 from fedoap.study.grid import RUN_FILE, RunFile
 from fedoap.study.result import RunResult, read_result
 
+WORK = "work"
 MARKER = ".fedoap-study"
 """Holds the study's name and says that the folder is a study's; it is locked by who works there."""
 
@@ -57,7 +58,7 @@ class StudyFolder:
 
     def begin(self, run: RunFile, token: str) -> Path:
         """Return a new folder for a run to work in; the token is another one each time."""
-        folder = self.out / "work" / f"{run.name}.{token}"
+        folder = self.out / WORK / f"{run.name}.{token}"
         folder.mkdir(parents=True)
         (folder / RUN_FILE).write_text(run.to_json() + "\n", encoding="utf-8")
         return folder
@@ -93,5 +94,5 @@ def open_folder(out: Path, name: str) -> Iterator[StudyFolder]:
         if not owner:
             file.write(name + "\n")
             file.flush()
-        shutil.rmtree(out / "work", ignore_errors=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)
         yield StudyFolder(out.absolute())

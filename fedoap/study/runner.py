@@ -122,6 +122,8 @@ class _Course:
                 self._write_tables()
         self._outcome.done = sum(self._result(run) is not None for run in self._known(first))
         self._outcome.left = max(0, total - self._outcome.done - len(self._outcome.failed))
+        if self._outcome.done > len(first):
+            self._write_page()
         return self._outcome
 
     def _trials(self, variant: str) -> Iterator[RunFile]:
@@ -204,6 +206,11 @@ class _Course:
         done: list[Done] = [(run, result) for run in runs if (result := self._result(run)) is not None]
         write_tables(self._folder.out, done, chosen, searched=study.config.search is not None)
         self._written = time.monotonic()
+
+    def _write_page(self) -> None:
+        from fedoap.report.study import write_study_report  # noqa: PLC0415 - charts take a second to import
+
+        write_study_report(self._folder.out, self._folder.out / "report.html")
 
 
 def _show(name: str, line: object, progress: StudyProgress) -> None:
