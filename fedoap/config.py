@@ -135,6 +135,8 @@ class StrategyConfig(Frozen):
     """mu of mu/2 ||w - w_t||^2, which holds a site's parameters near the shared weights that the round began with."""
     head_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of a round's steps that move the personal parts, before the others move the shared ones."""
+    alpha: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the site's own weights in the mixture that it predicts with."""
 
     @model_validator(mode="after")
     def _robust_rules_count_alike(self) -> Self:

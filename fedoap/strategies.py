@@ -46,7 +46,14 @@ class Controls:
     """Each gradient is corrected by c - c_i: what all sites' gradients were, less this site's."""
 
 
-Term: TypeAlias = SharedPath | Proximal | HeadFirst | Controls
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A site predicts with alpha v + (1 - alpha) w: its own weights and the shared ones, mixed."""
+
+    alpha: float
+
+
+Term: TypeAlias = SharedPath | Proximal | HeadFirst | Controls | Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,12 @@ STRATEGIES: Mapping[str, Strategy] = {
         source="Li et al. 2021, algorithm 1, arXiv:2012.04221",
         personal=("all",),
         terms=(SharedPath(0.5), Proximal("personal", 0.01)),
+    ),
+    "apfl": Strategy(
+        title="APFL: a mixture of the shared network and one of the site's own, beside FedAvg",
+        source="Deng et al. 2020, algorithm 1, arXiv:2003.13461",
+        personal=("all",),
+        terms=(SharedPath(0.5), Mixture(0.5)),
     ),
     "local": Strategy(
         title="Local: each site trains alone",
@@ -245,7 +258,7 @@ _SERVER_NUMBERS: Mapping[str, str] = {
     "server_tau": "tau",
 }
 """Keys of `[strategy]`, and what the server optimizers call them."""
-_TERM_NUMBERS: Mapping[str, type[Term]] = {"proximal": Proximal, "head_fraction": HeadFirst}
+_TERM_NUMBERS: Mapping[str, type[Term]] = {"proximal": Proximal, "head_fraction": HeadFirst, "alpha": Mixture}
 """Keys of `[strategy]`, and the term whose number each is."""
 
 
@@ -255,6 +268,8 @@ def _with_numbers(term: Term, config: StrategyConfig) -> Term:
             return replace(term, mu=config.proximal)
         case HeadFirst() if config.head_fraction is not None:
             return replace(term, fraction=config.head_fraction)
+        case Mixture() if config.alpha is not None:
+            return replace(term, alpha=config.alpha)
         case _:
             return term
 

@@ -4,7 +4,6 @@
 compared with, under the same budget.
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +34,7 @@ def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[Fe
         DataError: a case is wrong.
         TrainingError: the loss is no longer finite.
     """
-    network = copy.deepcopy(model.personal)
+    network = model.own_network()
     metrics = {
         "dice_test_before": _test_dice(network, bank, place),
         "dice_test_shared": _test_dice(model.shared, bank, place),

@@ -86,7 +86,7 @@ def own_network(model: SiteModel, personal: Arrays) -> FedOAPNet:
     """
     if personal.keys() == model.personal_state().keys():
         model.load_personal(personal)
-        return copy.deepcopy(model.personal)
+        return model.own_network()
     network = copy.deepcopy(model.personal)
     parameters = {PERSONAL_PREFIX + name: value for name, value in network.named_parameters()}
     for name, array in personal.items():

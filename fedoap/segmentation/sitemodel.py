@@ -8,9 +8,11 @@ step on the shared path the shared network alone; it is what runs where no site 
 
 Shared parameters go by their plain names, and these travel. Personal ones go by names that start with
 `personal.`, and stay. Control variates, where the strategy has them, travel with the shared parameters by
-names that start with `control.`, and a site's own stay.
+names that start with `control.`, and a site's own stay. Where the strategy mixes, a personal parameter is one
+of two summands of what the site predicts with; its name then starts with `personal.mixed.`.
 """
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,17 +22,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedoap.config import Plan
 from fedoap.errors import ConfigError, TensorsError
 from fedoap.params import CONTROL_PREFIX, PERSONAL_PREFIX, check_matches, is_personal
 from fedoap.segmentation.network import Bank, FedOAPNet
-from fedoap.strategies import Controls, find_strategy, personal_parts
+from fedoap.strategies import Controls, Mixture, personal_parts, terms
 
 State: TypeAlias = dict[str, NDArray[np.float32]]
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic]]
 ModelPath: TypeAlias = Literal["personal", "shared"]
 
+_MIXED = "mixed."
 _QUERY_BRANCH = "bottleneck_q.block.conv1.weight"
 
 
@@ -63,16 +67,35 @@ class SiteModel(nn.Module):
             raise ConfigError(f"strategy.name is {plan.strategy.name}, which keeps {kept}: this network has none of it")
         self._twins = self._tie(parts)
         self.controls: ControlVariates | None = None
-        if any(isinstance(term, Controls) for term in find_strategy(plan.strategy.name).terms):
-            zeros = {name: np.zeros_like(_array(parameter)) for name, parameter in self.shared_parameters().items()}
-            self.controls = ControlVariates(zeros, zeros)
+        self._alpha: float | None = None
+        for term in terms(plan.strategy):
+            match term:
+                case Controls():
+                    zeros = {name: np.zeros_like(_array(one)) for name, one in self.shared_parameters().items()}
+                    self.controls = ControlVariates(zeros, zeros)
+                case Mixture(alpha):
+                    self._alpha = alpha
+                case _:
+                    pass
         self.reset_personal()
 
     def forward(self, image: Tensor, bank: Bank | None = None, *, path: ModelPath = "personal") -> Tensor:
         """Return the logits (B, 1, *S) of one of the two networks."""
-        network = self.personal if path == "personal" else self.shared
-        logits: Tensor = network(image, bank)
+        logits: Tensor
+        if path == "personal" and self._alpha is not None:
+            logits = functional_call(self.personal, self._mixture(self._alpha), (image, bank))
+        else:
+            logits = (self.personal if path == "personal" else self.shared)(image, bank)
         return logits
+
+    def own_network(self) -> FedOAPNet:
+        """Return a copy of what the site predicts with, which shares nothing with this model."""
+        network = copy.deepcopy(self.personal)
+        if self._alpha is not None:
+            with torch.no_grad():
+                for name, mixed in self._mixture(self._alpha).items():
+                    network.get_parameter(name).copy_(mixed)
+        return network
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return what the shared network consists of, by plain name, sorted."""
@@ -86,8 +109,9 @@ class SiteModel(nn.Module):
         """Yield each personal parameter's name with prefix, itself and its shared twin."""
         shared = self.shared_parameters()
         own = dict(self.personal.named_parameters())
+        prefix = PERSONAL_PREFIX if self._alpha is None else PERSONAL_PREFIX + _MIXED
         for name, twin in self._twins.items():
-            yield PERSONAL_PREFIX + name, own[name], shared[twin]
+            yield prefix + name, own[name], shared[twin]
 
     def shared_state(self) -> State:
         """Return a copy of the shared weights, complete without any personal part, and of what travels with them."""
@@ -121,6 +145,14 @@ class SiteModel(nn.Module):
         _load("personal weights", self.personal_parameters(), weights)
         if self.controls is not None and controls:
             self.controls.own = controls
+
+    def _mixture(self, alpha: float) -> dict[str, Tensor]:
+        """Return alpha v + (1 - alpha) w by the personal network's names; w is constant in it.
+
+        Deng et al. 2020, algorithm 1 (arXiv:2003.13461): a step on v is one along alpha times the gradient here.
+        """
+        prefix = PERSONAL_PREFIX + _MIXED
+        return {name.removeprefix(prefix): torch.lerp(w.detach(), v, alpha) for name, v, w in self.twins()}
 
     def _apart(self, prefix: str, state: Arrays) -> tuple[Arrays, State]:
         """Return the weights of a state, and the control variates of that prefix where the strategy has any."""

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from easy_site import SIZE, easy_plan
-from fedoap.config import BlobFiles, ModelRecord
+from fedoap.config import BlobFiles, ModelRecord, StrategyConfig
 from fedoap.errors import ConfigError, TensorsError
 from fedoap.params import PERSONAL_PREFIX
 from fedoap.segmentation.modelfolder import choose_device, load_model
@@ -93,6 +93,24 @@ def test_a_calibrated_model_takes_nothing_from_the_shared_one(tmp_path: Path) ->
             parameter.add_(0.1)
     assert torch.equal(personal, folder.model(image(), folder.bank, path="personal"))
     assert not torch.equal(shared, folder.model(image(), folder.bank, path="shared"))
+
+
+@pytest.mark.parametrize("name", ["apfl", "scaffold", "ditto"])
+def test_a_model_after_a_round_predicts_as_it_did_at_its_site(tmp_path: Path, name: str) -> None:
+    """Planted bug: own weights without the shared share of the mixture."""
+    plan = easy_plan(strategy=StrategyConfig(name=name))
+    model = SiteModel(plan)
+    (tmp_path / "personal").mkdir()
+    mine = {name: value + np.float32(0.3) for name, value in model.personal_state().items()}
+    save_file(mine, tmp_path / "personal" / "personal.safetensors")
+    files = blob(tmp_path / "model.blob", dict(model.shared_state()))
+    record = ModelRecord(plan=plan, round=1, shared=files, personal=tmp_path / "personal")
+    (tmp_path / "model.json").write_text(record.model_dump_json())
+    model.load_personal(mine)
+
+    logits = load_model(tmp_path / "model.json", shared=False, device="cpu")(image())
+
+    assert torch.equal(logits, model(image()))
 
 
 def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:

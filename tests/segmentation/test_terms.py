@@ -131,12 +131,50 @@ def test_control_variates_travel_beside_the_weights_and_are_no_part_of_the_netwo
     state = {name: np.full_like(value, 2.0) for name, value in model.shared_state().items()}
 
     model.load_shared(state)
-    model.load_shared(plain)
+    model.load_shared({name: state[name] for name in plain})
 
     assert list(model.shared_state()) == sorted(state)
-    assert model.controls is not None
-    assert {float(x) for v in model.controls.common.values() for x in v.flat} == {2.0}
-    assert {float(x) for v in model.controls.own.values() for x in v.flat} == {0.0}
+    assert {float(x) for v in model.shared_state().values() for x in v.flat} == {2.0}
+    assert {float(x) for v in model.personal_state().values() for x in v.flat} == {0.0}
     assert list(site_model(name="fedavg")[0].shared_state()) == sorted(plain)
     with pytest.raises(TensorsError, match=r"unknown tensor control\.adapter"):
         site_model(name="fedavg")[0].load_shared(state)
+
+
+def test_apfl_predicts_with_a_mixture_and_trains_its_own_share_of_it() -> None:
+    """0.25 * 5 + 0.75 * 1 = 2; d/dv is 0.25 of d/dmixture. Planted bugs: 1 - alpha; the shared weights trained too."""
+    model, _ = site_model(name="apfl", alpha=0.25)
+    other = SiteModel(easy_plan(strategy=StrategyConfig(name="local")))
+    image = torch.randn(2, 1, 16, 16)
+    with torch.no_grad():
+        for own, shared in zip(model.personal_parameters().values(), other.personal_parameters().values(), strict=True):
+            own.copy_(5 * shared)
+        for (_, _, w), (_, same, _) in zip(model.twins(), other.twins(), strict=True):
+            w.copy_(same)
+        for own in other.personal_parameters().values():
+            own.mul_(2)
+
+    for one in (model, other):
+        torch.autograd.backward([one(image).square().sum()])
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), other(image))
+        torch.testing.assert_close(model.own_network()(image), other(image))
+    whole = {name.removeprefix("personal."): own.grad for name, own in other.personal_parameters().items()}
+    for name, own in model.personal_parameters().items():
+        expected = whole[name.removeprefix("personal.mixed.")]
+        assert (own.grad is None) == (expected is None), name
+        if own.grad is not None and expected is not None:
+            torch.testing.assert_close(own.grad, 0.25 * expected, rtol=1e-3, atol=1e-3)
+    assert gradients(model.shared_parameters()) == set()
+
+
+def test_apfls_two_networks_take_half_of_the_steps_each(tmp_path: Path) -> None:
+    place = easy_place(tmp_path, easy_plan(strategy=StrategyConfig(name="apfl")))
+    model = SiteModel(place.plan)
+    optimizer = site_optimizer(model, place)
+
+    train_round(model, optimizer, None, 1, place)
+
+    moves = {name: int(value) for name, value in optimizer.state().items() if name.endswith(".step")}
+    assert (moves["personal.mixed.head.weight.step"], moves["head.weight.step"]) == (6, 6)
