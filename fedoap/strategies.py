@@ -53,7 +53,12 @@ class Mixture:
     alpha: float
 
 
-Term: TypeAlias = SharedPath | Proximal | HeadFirst | Controls | Mixture
+@dataclass(frozen=True, slots=True)
+class Inconsistency:
+    """Calibration minds voxels the more, the more the site's own and the shared network differ about them."""
+
+
+Term: TypeAlias = SharedPath | Proximal | HeadFirst | Controls | Mixture | Inconsistency
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,12 @@ STRATEGIES: Mapping[str, Strategy] = {
         source="Deng et al. 2020, algorithm 1, arXiv:2003.13461",
         personal=("all",),
         terms=(SharedPath(0.5), Mixture(0.5)),
+    ),
+    "feddp": Strategy(
+        title="FedDP: personal query, then calibration where the networks disagree",
+        source="Wang et al. 2023, local query and inconsistency-guided calibration, doi:10.1109/TMI.2023.3299206",
+        personal=("query",),
+        terms=(SharedPath(), Inconsistency()),
     ),
     "local": Strategy(
         title="Local: each site trains alone",

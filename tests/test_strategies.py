@@ -68,7 +68,12 @@ def test_an_unknown_strategy_is_refused_with_those_known(name: str, text: str) -
 def test_only_strategies_with_shared_twins_spend_steps_on_the_shared_path() -> None:
     fractions = {name: shared_path_fraction(StrategyConfig(name=name), 0.2) for name in STRATEGIES}
 
-    assert {name: value for name, value in fractions.items() if value} == {"fedoap": 0.2, "ditto": 0.5, "apfl": 0.5}
+    assert {name: value for name, value in fractions.items() if value} == {
+        "fedoap": 0.2,
+        "ditto": 0.5,
+        "apfl": 0.5,
+        "feddp": 0.2,
+    }
 
 
 def test_the_operators_numbers_take_the_place_of_the_strategys() -> None:

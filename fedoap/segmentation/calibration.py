@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from fedoap.config import Plan, StrategyConfig
@@ -19,16 +20,17 @@ from fedoap.segmentation.descent import Batches, Descent, Loss, Metrics, Progres
 from fedoap.segmentation.evaluation import evaluate, mean_dice
 from fedoap.segmentation.modelfolder import Predictor, autocast
 from fedoap.segmentation.network import Bank, FedOAPNet
-from fedoap.segmentation.objectives import segmentation_loss
+from fedoap.segmentation.objectives import inconsistency_loss, segmentation_loss
 from fedoap.segmentation.optimizer import SiteOptimizer, cosine_rate, course_rate
 from fedoap.segmentation.sitemodel import SiteModel
+from fedoap.strategies import Inconsistency, terms
 
 
 def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[FedOAPNet, Metrics]:
     """Return the site's calibrated network, all of it its own, and how well it and the shared one do.
 
-    A copy of the personal network takes `calibration.steps` steps of `calibration.loss` at one cosine of
-    the learning rate. The model itself stays as it is.
+    A copy of the personal network takes `calibration.steps` steps of `calibration.loss`, or of the strategy's
+    own, at one cosine of the learning rate. The model itself stays as it is.
 
     Raises:
         DataError: a case is wrong.
@@ -41,7 +43,9 @@ def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[Fe
         "steps": float(place.plan.calibration.steps),
     }
     first, steps = _round_steps(place), place.plan.calibration.steps
-    loss = _calibration_loss(place.parallel(network), bank, place)
+    guided = any(isinstance(term, Inconsistency) for term in terms(place.plan.strategy))
+    tuned = place.parallel(network)
+    loss = _guided_loss(tuned, model, bank, place) if guided else _calibration_loss(tuned, bank, place)
     stretch = Stretch("calibrate", first, steps, _calibration_rate(place), 0, steps)
     looks = _fine_tune(Predictor(place.plan, network, bank, place.device), loss, place, place.batches(first), stretch)
     dice = {"dice_validation_before": looks[0], "dice_validation": max(looks)}
@@ -93,7 +97,7 @@ def tune_new_site(model: SiteModel, bank: Bank | None, place: Workplace, epochs:
         TrainingError: the loss is no longer finite.
     """
     model.reset_personal()
-    network = copy.deepcopy(model.personal)
+    network = model.own_network()
     config, steps = place.plan.calibration, math.ceil(epochs * len(place.training) / place.plan.training.batch_size)
     loss = _plain_loss(place.parallel(network), place, bank)
     stretch = Stretch("tune", 0, steps, lambda step: cosine_rate(config.learning_rate, step, steps), 0, steps)
@@ -156,6 +160,19 @@ def _calibration_loss(network: nn.Module, bank: Bank | None, place: Workplace) -
             logits = network(image, bank)
         seed = place.seed(f"noise of rank {place.rank}", step)
         return calibration_loss(logits, mask, place.plan.calibration, seed)
+
+    return loss
+
+
+def _guided_loss(network: nn.Module, model: SiteModel, bank: Bank | None, place: Workplace) -> Loss:
+    """Return the loss that minds most where the site's network, as it is before, and the shared one differ."""
+
+    def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
+        with autocast(place.device):
+            with torch.no_grad():
+                others = [model(image, bank, path="personal"), model(image, bank, path="shared")]
+            logits = network(image, bank)
+        return inconsistency_loss(logits, mask, others, place.plan.calibration.lam)
 
     return loss
 

@@ -1,4 +1,4 @@
-"""What a training step makes small: BCE with logits plus soft Dice, and the pull towards shared twins.
+"""What a training step makes small: BCE with logits plus soft Dice, and what strategies add to it.
 
 Shapes: B batch, one channel, then H W or D H W voxels.
 """
@@ -25,6 +25,20 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
         p = torch.sigmoid(z)
         dice = (2 * (p * y).sum(1) + SMOOTH) / (p.sum(1) + y.sum(1) + SMOOTH)
         return F.binary_cross_entropy_with_logits(z, y) + 1 - dice.mean()
+
+
+def inconsistency_loss(logits: Tensor, target: Tensor, others: Sequence[Tensor], lam: float) -> Tensor:
+    """Return the segmentation loss + lam mean(u BCE(z, y)), where u says how much other networks differ.
+
+    u is the standard deviation of their p over the networks, divided by its largest value in the batch, and
+    constant: the inconsistency-guided calibration of FedDP (Wang et al. 2023, doi:10.1109/TMI.2023.3299206).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        z, y = logits.float(), target.float()
+        u = torch.stack([torch.sigmoid(other.detach().float()) for other in others]).std(0)  # (B, 1, *S)
+        u = u / u.max().clamp_min(torch.finfo(u.dtype).tiny)
+        weighted = F.binary_cross_entropy_with_logits(z, y, weight=u)
+    return segmentation_loss(logits, target) + lam * weighted
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedoap.errors import ConfigError
 from fedoap.segmentation.objectives import add_proximal_gradient
 from fedoap.segmentation.sitemodel import ControlVariates, SiteModel
-from fedoap.strategies import Controls, HeadFirst, Mixture, Proximal, SharedPath, Term
+from fedoap.strategies import Controls, HeadFirst, Inconsistency, Mixture, Proximal, SharedPath, Term
 
 Amend: TypeAlias = Callable[[int], None]
 """Changes the gradients of a step, which is told by its number in the round, from 0."""
@@ -59,7 +59,7 @@ def _begin(term: Term, model: SiteModel, steps: int) -> RoundTerms:
         case Controls():
             assert model.controls is not None
             return _correct(model.shared_parameters(), model.controls, steps)
-        case Proximal() | SharedPath() | Mixture():  # these have no gradient of their own to add
+        case Proximal() | SharedPath() | Mixture() | Inconsistency():  # nothing of theirs is added to a gradient
             return RoundTerms((), ())
 
 

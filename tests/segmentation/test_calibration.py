@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from easy_site import easy_place, easy_plan
-from fedoap.config import CalibrationConfig
+from fedoap.config import CalibrationConfig, NetworkConfig, StrategyConfig
 from fedoap.segmentation.calibration import calibrate, look_steps, train_alone
 from fedoap.segmentation.descent import Progress, Workplace
 from fedoap.segmentation.network import FedOAPNet
@@ -168,3 +168,19 @@ def test_calibration_keeps_the_mean_of_the_weights_where_told_to(tmp_path: Path)
 
     # the mean lags behind the weights, which move one way in so few steps
     assert 0 < abs(mean - start) < abs(last - start)
+
+
+def test_feddp_is_calibrated_by_its_own_loss(tmp_path: Path) -> None:
+    """Noise changes nothing, the weight of the disagreement does. Planted bug: the perturbed boundary loss anyway."""
+
+    def last_loss(lam: float, sigma: float) -> float:
+        seen: list[Progress] = []
+        tuning = CalibrationConfig(steps=3, evaluations=2, lam=lam, sigma=sigma, tau=0.01)
+        network = NetworkConfig(width=4, depth=1, attention="projection")
+        plan = easy_plan(steps=3, network=network, calibration=tuning, strategy=StrategyConfig(name="feddp"))
+        place = easy_place(tmp_path, plan, seen.append)
+        calibrate(trained(place), None, place)
+        return seen[-1].loss
+
+    assert last_loss(0.5, 0.1) == last_loss(0.5, 9.0)
+    assert last_loss(0.5, 0.1) != last_loss(0.0, 0.1)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fedoap.kernels import perturbed_boundary_loss
-from fedoap.segmentation.objectives import add_proximal_gradient, segmentation_loss
+from fedoap.segmentation.objectives import add_proximal_gradient, inconsistency_loss, segmentation_loss
 
 
 def logits_of(probability: float) -> float:
@@ -76,3 +76,27 @@ def test_the_pull_adds_mu_times_the_distance_to_the_twin() -> None:
     assert w.grad is not None
     assert w.grad.tolist() == [1.0, 0.0]
     assert idle.grad is None
+
+
+def test_calibration_minds_voxels_by_how_much_the_networks_differ() -> None:
+    """p = 1/2, 3/4, 9/10 against 1/2 everywhere: differences 0, 1/4, 2/5, so u = 0, 5/8, 1, and lam (13/8) ln 2 / 3.
+
+    Planted bugs: u not divided by its largest value; a gradient through u.
+    """
+    logits = torch.zeros(1, 1, 3, 1, requires_grad=True)
+    one = torch.tensor([0.0, math.log(3), math.log(9)]).reshape(1, 1, 3, 1).requires_grad_()
+    target = torch.ones(1, 1, 3, 1)
+
+    loss = inconsistency_loss(logits, target, [one, torch.zeros(1, 1, 3, 1)], lam=0.5)
+    torch.autograd.backward([loss - segmentation_loss(logits, target)])
+
+    assert float((loss - segmentation_loss(logits, target)).detach()) == pytest.approx(13 / 48 * math.log(2), rel=1e-5)
+    assert logits.grad is not None
+    assert logits.grad.flatten().tolist() == pytest.approx([0.0, -5 / 96, -1 / 12], abs=1e-6)
+    assert one.grad is None
+
+
+def test_networks_that_agree_add_nothing() -> None:
+    logits, target = torch.zeros(1, 1, 2, 1), torch.ones(1, 1, 2, 1)
+
+    assert torch.equal(inconsistency_loss(logits, target, [logits, logits], 1.0), segmentation_loss(logits, target))

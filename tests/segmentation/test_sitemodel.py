@@ -122,6 +122,12 @@ def test_with_local_training_nothing_shared_moves() -> None:
     assert moved(personal, model.personal_state()) == set(personal)
 
 
+def test_a_strategy_of_which_the_network_has_no_part_is_refused() -> None:
+    """Else FedDP without attention would be FedAvg under another name. Planted bug: nothing is checked."""
+    with pytest.raises(ConfigError, match=r"strategy\.name is feddp, which keeps query: this network has none of it"):
+        SiteModel(plan("feddp", attention="off"))
+
+
 def test_personal_norms_alone_leave_one_bottleneck() -> None:
     model = SiteModel(plan(personal=("norms",)))
 
