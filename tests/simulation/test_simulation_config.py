@@ -1,5 +1,6 @@
 """The file of a simulation: one federation and all its sites."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError
-from fedoap.simulation.config import load_simulation
+from fedoap.simulation.config import SimulationConfig, load_simulation
 from fedoap.simulation.layout import make_layout, write_federation
 from fedoap.toml import to_toml
 
@@ -93,6 +94,18 @@ def test_an_earlier_simulation_is_deleted_only_when_that_is_wanted(tmp_path: Pat
         make_layout(out, overwrite=False)
 
     assert not make_layout(out, overwrite=True).fed_toml.exists()
+
+
+def test_the_volumes_example_reads_what_its_page_draws() -> None:
+    """Planted bugs: another folder; another size, which the example would resample to."""
+    folder = Path(__file__).parents[2] / "examples" / "volumes"
+    config = SimulationConfig.model_validate(tomllib.loads((folder / "volumes.toml").read_text(encoding="utf-8")))
+    pattern = r"fedoap phantoms examples/volumes/(\S+) .*--size (\d+) (\d+) --slices (\d+)"
+    drawn = re.findall(pattern, (folder / "README.md").read_text(encoding="utf-8"))
+
+    read = [site.data.datalist.parent.as_posix() for site in config.sites.values() if site.data is not None]
+    assert [place for place, *_ in drawn] == read
+    assert {tuple(map(int, size)) for _, *size in drawn} == {config.plan.data.size}
 
 
 def _write(folder: Path, text: str) -> Path:
