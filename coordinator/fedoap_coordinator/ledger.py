@@ -247,9 +247,9 @@ class Ledger:
         return tuple(PartRow(one, site, UploadManifest.unpack(packed), *rest) for one, site, packed, *rest in rows)
 
     def publish(self, manifest: BlobManifest, now: float, exact: BlobManifest | None = None) -> None:
-        """Record a model or a bank that the coordinator made, and its float32 original if it was rounded."""
+        """Record a model or a bank that the coordinator made, and what it keeps of it to itself, if anything."""
         row = (manifest.id, manifest.pack(), exact.pack() if exact else None, now)
-        again = "on conflict(blob) do update set kept=1"  # the same bits may be made twice
+        again = "on conflict(blob) do update set kept=1, exact=excluded.exact"  # the same bits may be made twice
         self._run(f"insert into published values(?,?,?,?,1) {again}", *row)
 
     def close_task(self, closed: RecordClosed, now: float, sign: Sign) -> None:
