@@ -74,11 +74,14 @@ def _head_first(model: SiteModel, head_steps: int, steps: int) -> Amend:
     Algorithm 1 of Collins et al. 2021 (arXiv:2102.07078), its tau local updates of the head before the
     representation's. A parameter whose gradient is taken away is left alone by the optimizer.
     """
-    if not 0 < head_steps < steps:
-        raise ConfigError(
-            f"training.steps_per_round is {steps}, of which {head_steps} are the head's: each part needs one"
-        )
     head, body = list(model.personal_parameters().values()), list(model.shared_parameters().values())
+    if not head:
+        raise ConfigError(
+            "strategy.personal is empty, but the strategy's first steps of a round move personal parts alone"
+        )
+    if not 0 < head_steps < steps:
+        told = f"training.steps_per_round is {steps}, of which {head_steps} are the head's"
+        raise ConfigError(f"{told}, but head and body need one at least")
 
     def amend(step: int) -> None:
         for parameter in body if step < head_steps else head:

@@ -92,6 +92,28 @@ def test_a_part_that_no_network_has_is_refused_before_a_site_is_asked(fed_toml: 
     assert "fed.toml: strategy.personal names heads, which is no part of the network; did you mean head?" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ('name = "fedaverage"', "strategy.name is fedaverage, which is no known strategy; did you mean fedavg?"),
+        ('name = "pooled"', "strategy.name is pooled, which no coordinator runs: it takes all images to one place"),
+        (
+            'name = "fedavg", server_beta2 = 0.9',
+            "strategy.server_beta2 is 0.9, but fedavg has no use for it; fedadagrad",
+        ),
+    ],
+)
+def test_a_strategy_that_no_coordinator_runs_is_refused_in_one_line(fed_toml: Path, settings: str, text: str) -> None:
+    """Planted bug: the strategy looked at only when a site builds its network."""
+    fed_toml.write_text(FED_TOML + f"strategy = {{ {settings} }}")
+
+    error = run(fed_toml, "sites").exception
+
+    assert isinstance(error, FedoapError)
+    assert f"fed.toml: {text}" in str(error)
+    assert "\n" not in str(error)
+
+
 def test_help_shows_its_example_as_it_is_typed() -> None:
     lines = CliRunner().invoke(cli, ["--help"]).output.splitlines()
 

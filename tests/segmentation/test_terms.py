@@ -98,8 +98,16 @@ def test_fedreps_steps_are_those_of_the_plan_together(tmp_path: Path) -> None:
 def test_a_round_too_short_for_head_and_body_is_refused() -> None:
     model, config = site_model(name="fedrep")
 
-    with pytest.raises(ConfigError, match="steps_per_round is 1, of which 0 are the head's: each part needs one"):
+    with pytest.raises(ConfigError, match="steps_per_round is 1, of which 0 are the head's, but head and body need"):
         begin_terms(terms(config), model, 1)
+
+
+def test_a_head_first_without_a_head_is_refused() -> None:
+    """Else half of the steps would move nothing."""
+    config = StrategyConfig(name="fedrep", personal=())
+
+    with pytest.raises(ConfigError, match=r"strategy\.personal is empty, but the strategy's first steps"):
+        begin_terms(terms(config), SiteModel(easy_plan(strategy=config)), 8)
 
 
 def test_scaffold_corrects_by_what_the_others_gradients_were() -> None:
