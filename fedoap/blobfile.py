@@ -1,6 +1,5 @@
 """Blobs on disk in pieces: read from any value on, written to the end, in bounded memory."""
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from fedoap.tensors import (
     as_float32,
     begin_write_back,
     bfloat16_bits,
+    open_to_overwrite,
     write_all,
 )
 
@@ -38,8 +38,7 @@ class BlobWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # not emptied before it is written: a spare file's place on the disk and in memory is used again
-        self._file = io.FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "w")
+        self._file = open_to_overwrite(path)
         self._specs: list[TensorSpec] = []
         self._hashes = ChunkHashes()
         self._written = 0

@@ -288,9 +288,12 @@ class ChunkHashes:
 
 
 def write_blob(path: Path, tensors: Mapping[str, NDArray[np.generic]], dtype: Dtype = "float32") -> BlobManifest:
-    """Write tensors to a blob file, floats as `dtype`, integers as int64, and return its manifest."""
+    """Write tensors to a blob file, floats as `dtype`, integers as int64, and return its manifest.
+
+    A file that is there is written over, not emptied first, so that its place on the disk and in memory is used again.
+    """
     specs, hashes, written = [], ChunkHashes(), 0
-    with path.open("wb", buffering=0) as file:
+    with open_to_overwrite(path) as file:
         for name in sorted(tensors):
             array = np.asarray(tensors[name])
             kind: Dtype = dtype if np.issubdtype(array.dtype, np.floating) else "int64"
@@ -299,7 +302,13 @@ def write_blob(path: Path, tensors: Mapping[str, NDArray[np.generic]], dtype: Dt
                 hashes.add(piece)  # written right after: it is still in the processor's cache
                 write_all(file, piece)
                 written = begin_write_back(file.fileno(), written, written + len(piece))
+        file.truncate(written)
     return BlobManifest(tuple(specs), hashes.all())
+
+
+def open_to_overwrite(path: Path) -> io.FileIO:
+    """Open a file to be written from its start and cut to length at the end; what it holds until then is any bytes."""
+    return io.FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "w")
 
 
 def write_all(file: io.FileIO, data: bytes | memoryview) -> None:

@@ -18,6 +18,7 @@ from fedoap.errors import TensorsError, TrainingError
 from fedoap.identity import sync_folder, write_private
 from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
+from fedoap.spares import Spares
 from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, share, sync_tree, write_durably
 from fedoap_node.job import JOB, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
@@ -51,6 +52,7 @@ class Results:
         self._model, self._record = folder.model, folder.model_record
         for place in (self._work, self._personal, self._model):
             place.mkdir(parents=True, exist_ok=True)
+        self._spares = Spares(folder.state / "spare-updates", 1)
 
     @property
     def personal(self) -> Path | None:
@@ -58,9 +60,11 @@ class Results:
         generations = self._generations()
         return generations[-1] if generations else None
 
-    def start(self, work: bytes) -> Path:
-        """Return a fresh folder for a worker's output."""
-        return Path(tempfile.mkdtemp(prefix=f"{work.hex()}-", dir=self._work))
+    def start(self, work: bytes, size: int = 0) -> Path:
+        """Return a fresh folder for a worker's output, with an old file to write over if the update's size is known."""
+        output = Path(tempfile.mkdtemp(prefix=f"{work.hex()}-", dir=self._work))
+        self._spares.take(output / UPDATE_BLOB, size)
+        return output
 
     def find(self, work: bytes) -> Result | None:
         """Return the kept result of this work, if there is one."""
@@ -105,10 +109,18 @@ class Results:
             self._settle(folder)
 
     def keep_only(self, work: bytes) -> None:
-        """Delete every kept result but this work's."""
-        for path in self._work.iterdir():
-            if path.name != work.hex():
-                remove(path)
+        """Delete every kept result but this work's; the next worker writes over an update that nobody reads."""
+        doomed = [path for path in self._work.iterdir() if path.name != work.hex()]
+        for path in doomed:
+            if (path / UPDATE_BLOB).is_file():
+                self._spares.keep(path / UPDATE_BLOB)
+            remove(path)
+        if doomed:  # else a power cut may bring a result back that by then has another's bytes
+            sync_folder(self._work)
+
+    def close(self) -> None:
+        """Delete what only this process can use."""
+        self._spares.clear()
 
     def _settle(self, folder: Path) -> None:
         left = folder / PERSONAL

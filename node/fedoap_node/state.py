@@ -62,6 +62,7 @@ class SiteState:
     def close(self) -> None:
         """Let another process hold the state."""
         self.blobs.close()
+        self.results.close()
         os.close(self._lock)
 
 

@@ -149,7 +149,7 @@ class Work:
         self._close_upload()
 
     def _launch(self, task: bytes, manifest: TaskManifest) -> _Running:
-        output = self._state.results.start(manifest.work)
+        output = self._state.results.start(manifest.work, manifest.model.size if manifest.model else 0)
         try:
             write_job(
                 manifest,

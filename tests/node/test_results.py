@@ -36,7 +36,7 @@ def worked(
     results: Results, tmp_path: Path, kind: JobKind = "train", round_number: int = 1, work: bytes = WORK
 ) -> Path:
     """Do what a worker does, and return its output."""
-    output = results.start(work)
+    output = results.start(work, 16)
     job = Job(
         kind=kind,
         site="hospital_a",
@@ -137,6 +137,41 @@ def test_the_model_of_a_trained_round_is_the_network_that_the_site_trained(tmp_p
 
     assert BlobManifest.unpack(record.shared.manifest.read_bytes()) == kept.blob
     assert np.frombuffer(record.shared.blob.read_bytes(), np.float32).tolist() == [2.0] * 4
+
+
+def test_a_worker_writes_over_an_old_update_but_never_over_the_sites_model(tmp_path: Path) -> None:
+    """Planted bug: an update that is taken although the model is its second name."""
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path, round_number=1))
+    results.finish(b"\2" * 32, worked(results, tmp_path, round_number=2, work=b"\2" * 32))
+    old = folder(tmp_path).state / "work" / WORK.hex() / "update.blob"
+    inode = old.stat().st_ino
+
+    results.keep_only(b"\2" * 32)
+    output = worked(results, tmp_path, round_number=3, work=b"\3" * 32)
+
+    assert not old.exists()
+    assert (output / "update.blob").stat().st_ino == inode
+    results.finish(b"\3" * 32, output)
+    for kept in (b"\3" * 32, b"\4" * 32):  # the second update is let go first, then the third, which is the model
+        results.keep_only(kept)
+        worked(results, tmp_path, round_number=5, work=kept)
+    record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
+    assert np.frombuffer(record.shared.blob.read_bytes(), np.float32).tolist() == [3.0] * 4
+
+
+def test_old_results_are_off_the_disk_for_good_before_their_place_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: no sync of the folder: a power cut could bring back a result with another's bytes."""
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    synced = list[list[Path]]()
+    monkeypatch.setattr("fedoap_node.results.sync_folder", lambda place: synced.append(list(place.iterdir())))
+
+    results.keep_only(b"\2" * 32)
+
+    assert synced == [[]]
 
 
 def test_the_model_after_calibration_is_the_published_one(tmp_path: Path) -> None:
