@@ -23,14 +23,13 @@ from fedoap.protocol.events import (
     OpenPart,
     RecordClosed,
     RecordOpened,
-    Revoked,
     Stored,
     StoreFailed,
     SyncPart,
     Update,
     WritePart,
 )
-from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, replay
+from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, Revoked, replay
 from fedoap.seal import TAG_BYTES, Seal, sealed_at
 from fedoap.tensors import NO_KEY, BlobManifest, TaskKind
 from fedoap.transfer import TAIL_BYTES

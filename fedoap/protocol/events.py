@@ -181,13 +181,6 @@ class Arriving:
 
 
 @dataclass(frozen=True, slots=True)
-class Revoked:
-    """A site whose key was revoked after the exchange was opened, though it may have joined anew since."""
-
-    site: str
-
-
-@dataclass(frozen=True, slots=True)
 class Aggregate:
     """Merge the updates, which are sorted by site, then report `Aggregated` or `AggregateFailed`."""
 

@@ -12,12 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from fedoap.chain import Outcome
-from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Revoked, Update
+from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Update
 from fedoap.tensors import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 
-Record: TypeAlias = RecordOpened | Update | Arriving | Revoked | RecordClosed
 MODEL_KINDS: frozenset[TaskKind] = frozenset({"init", "train"})
 BANK_KINDS: frozenset[TaskKind] = frozenset({"seed", "bank"})
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """A site whose key was revoked after the exchange was opened, though it may have joined anew since."""
+
+    site: str
+
+
+Record: TypeAlias = RecordOpened | Update | Arriving | Revoked | RecordClosed
 
 
 @dataclass(frozen=True, slots=True)

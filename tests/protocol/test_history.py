@@ -2,8 +2,8 @@ from dataclasses import replace
 
 from desk import Desk
 from federation_builders import config
-from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Revoked, Update
-from fedoap.protocol.history import History, after, replay
+from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
+from fedoap.protocol.history import History, Revoked, after, replay
 
 
 def _desk() -> Desk:

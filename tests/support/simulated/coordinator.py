@@ -23,7 +23,6 @@ from fedoap.protocol.events import (
     OpenPart,
     RecordClosed,
     RecordOpened,
-    Revoked,
     RosterChanged,
     Send,
     SendBlob,
@@ -34,7 +33,7 @@ from fedoap.protocol.events import (
     Update,
     WritePart,
 )
-from fedoap.protocol.history import replay
+from fedoap.protocol.history import Revoked, replay
 from fedoap.seal import Seal, sealed_at
 from fedoap.tensors import BlobManifest, UploadManifest
 from simulated.checks import Checks, is_intact
