@@ -18,6 +18,7 @@ from fedoap.segmentation.sitemodel import SiteModel
 from fedoap.simulation.config import SimulationConfig
 from fedoap.study.federation import run_federation
 from fedoap.study.figures import SiteRound
+from fedoap.study.gallery import write_gallery
 from fedoap.study.models import Models, evaluate_cases
 from fedoap.study.result import CaseRow, RoundRow, TestStage
 from fedoap.study.work import NEW_SITE_EPOCHS, Report, train_alone, tune_unseen, workplace
@@ -25,10 +26,11 @@ from fedoap.study.work import NEW_SITE_EPOCHS, Report, train_alone, tune_unseen,
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A run's simulation, a folder for what it makes, and where prepared cases are kept."""
+    """A run's simulation, folders for its models and its pictures, and where prepared cases are kept."""
 
     config: SimulationConfig
     folder: Path
+    gallery: Path
     cache: Path
     report: Report
 
@@ -198,7 +200,10 @@ class Pooled:
 def _measured(task: Task, site: str, stage: TestStage, predict: Predictor) -> Iterator[CaseRow]:
     is_unseen = site in task.config.unseen
     described = (task.config.unseen if is_unseen else task.config.sites)[site]
-    for case in evaluate_cases(predict, described, "test", cache=task.cache):
+    measures = evaluate_cases(predict, described, "test", cache=task.cache)
+    if stage == "final" and described.data is not None:
+        write_gallery(task.gallery, site, described.data, predict, measures, cache=task.cache)
+    for case in measures:
         yield CaseRow(
             site=site,
             split="unseen" if is_unseen else "test",

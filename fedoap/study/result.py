@@ -1,5 +1,6 @@
 """`result.json`: the figures of one run, by number; nothing in it names a patient, an image or a path."""
 
+import os
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -96,5 +97,8 @@ def write_result(folder: Path, result: RunResult, digest: str) -> None:
     """Leave the figures of a run in its folder, `done` last."""
     for name, text in ((RESULT_FILE, result.model_dump_json(indent=1)), (DONE, digest)):
         part = folder / f"{name}.part"
-        part.write_text(text + "\n", encoding="utf-8")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a power cut must not leave `done` without the figures
         part.replace(folder / name)

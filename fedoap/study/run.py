@@ -1,7 +1,8 @@
 """One run of a study, a process of its own: `python -m fedoap.study.run FOLDER CACHE`.
 
 The folder holds `run.json`. Lines of progress go to standard output, everything else to standard error.
-The figures are left in `result.json`, and `done` is written last; the models are not kept. Exit code 2
+The figures are left in `result.json`, and `done` is written last; the models are not kept, pictures
+of some cases are. Exit code 2
 means that the last line of standard error says what to set right.
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 LINES_PER_SECOND = 3.0
 MODELS = "models"
+PICTURES = "evaluation"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,15 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     folder, cache = map(Path, given)
     try:
         run = read_run(folder)
-        write_result(folder, carry_out(run, folder / MODELS, cache), run.digest)
+        write_result(folder, carry_out(run, folder, cache), run.digest)
     except FedoapError as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 2
     return 0
 
 
-def carry_out(run: RunFile, models: Path, cache: Path) -> RunResult:
-    """Return a run's figures; its models lie in a folder meanwhile.
+def carry_out(run: RunFile, folder: Path, cache: Path) -> RunResult:
+    """Return a run's figures; its models lie in the folder meanwhile, its pictures stay there.
 
     Raises:
         FedoapError: the run cannot be done with these settings, images or this disk.
@@ -60,7 +62,8 @@ def carry_out(run: RunFile, models: Path, cache: Path) -> RunResult:
     began, config = time.monotonic(), run.simulation
     if config.threads:
         torch.set_num_threads(config.threads)
-    task = Task(config, models, cache, Reporter())
+    models = folder / MODELS
+    task = Task(config, models, folder / PICTURES, cache, Reporter())
     course = course_of(task)
     rounds = course.train()
     # what a trial decides must not have seen a test case

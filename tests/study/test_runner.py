@@ -111,6 +111,15 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert len(table(tmp_path, "runs.csv")) == 7
 
 
+def test_damaged_figures_are_told_and_not_taken_for_none(tmp_path: Path) -> None:
+    """Planted bug: a run that is begun anew without a word."""
+    go(tmp_path, STUDY, Instant())
+    (tmp_path / "out" / "runs" / "fedavg-f0-s0" / "result.json").write_text("{")
+
+    with pytest.raises(ConfigError, match=r"fedavg-f0-s0/result.json: is damaged: .* delete .* to run it again"):
+        go(tmp_path, STUDY, Instant())
+
+
 def test_the_trial_with_the_best_validation_dice_is_used(tmp_path: Path) -> None:
     """Planted bugs: the first trial; the trial's own fold only."""
     go(tmp_path, STUDY + SEARCH, Instant())
