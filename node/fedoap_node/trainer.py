@@ -82,7 +82,7 @@ class Trainer:
                 line.write(os.fsencode(job) + b"\n")
         except BrokenPipeError:
             return False
-        return self._process.poll() is None
+        return True  # it may have ended since: a short job is done by now
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when the worker has said something or ended."""

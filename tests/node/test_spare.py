@@ -96,7 +96,7 @@ def test_a_worker_that_dies_while_it_waits_is_not_started_over_and_over(spare: S
 
 
 def test_its_last_words_begin_with_its_job(tmp_path: Path) -> None:
-    """Planted bug: the log read from where it was when the worker began to wait."""
+    """Planted bugs: the log read from where it was when the worker began to wait; one that has ended done over."""
     spare = Spare(config(tmp_path, "import sys; print('bad', file=sys.stderr); input()"), tmp_path / "worker.log")
     spare.prepare()
     while not (tmp_path / "worker.log").read_text():
