@@ -118,5 +118,5 @@ def _tidy(layout: Layout, sites: dict[str, StudySite]) -> None:
     """Remove what only the run itself needed; the models stay."""
     shutil.rmtree(layout.state.parent)
     for site in sites.values():
-        for left in ("blobs", "parts", "work"):
+        for left in ("blobs", "parts", "spare-updates", "spares", "work"):
             shutil.rmtree(site.folder.state / left)
