@@ -18,19 +18,18 @@ _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 def suits(problem: Problem) -> bool:
     """Return whether PyTorch has such a kernel for these tensors."""
-    _, _, queries, length, slots, channels = problem.sizes
-    return (
-        problem.q.device.type == "cpu"
-        and problem.q.dtype == torch.float32
-        and min(queries, length, slots, channels) > 0
-    )
+    _, _, queries, length, _, channels = problem.sizes
+    return problem.q.device.type == "cpu" and problem.q.dtype == torch.float32 and min(queries, length, channels) > 0
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp (S, B, H, N) of the S softmaxes, for tensors that it suits."""
     p = problem
-    batch, heads, queries, _, _, channels = p.sizes
+    batch, heads, queries, _, slots, channels = p.sizes
     local, local_lse = _attention(p.q, p.k, p.v, scale=p.scale)
+    if slots == 0:
+        nothing = [torch.full_like(local_lse, -torch.inf)] if p.gate is not None else []
+        return dense_like(p.q).copy_(local), torch.stack([local_lse, *nothing])
     rows = p.q.transpose(0, 1).reshape(1, heads, batch * queries, channels)
     mask = None if p.bias is None else p.bias[None, :, None].expand(-1, -1, batch * queries, -1)
     bank, bank_lse = _attention(rows, p.bank_k[None], p.bank_v[None], attn_mask=mask, scale=p.scale)
