@@ -7,7 +7,7 @@ next: several times the work of filling the buffer. What is kept is a bound on t
 
 import ctypes
 
-KEPT_BYTES = 16 << 20
+KEPT_BYTES = 8 << 20
 """So much at the end of the heap stays; a larger allocation is given back at once."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
 
