@@ -10,7 +10,7 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 def churn(rounds):
     for _ in range(rounds):
-        chunks = [bytearray(1 << 20) for _ in range(8)]
+        chunks = [bytearray(1 << 20) for _ in range(4)]
         del chunks
 churn(10)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
