@@ -28,7 +28,7 @@ class Metric:
 
 
 DICE = Metric("dice", "Dice", 1, 3)
-METRICS = (DICE, Metric("iou", "IoU", 1, 3), Metric("hd95_mm", "HD95 (mm)", -1, 2), Metric("nsd", "NSD", 1, 3))
+METRICS = (DICE, Metric("iou", "IoU", 1, 3), Metric("hd95_mm", "HD95 (mm, or pixels)", -1, 2), Metric("nsd", "NSD", 1, 3))
 
 
 @dataclass(frozen=True, slots=True)

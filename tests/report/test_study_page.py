@@ -171,7 +171,7 @@ def test_two_variants_with_the_same_figures_are_tied(tmp_path: Path) -> None:
 def test_a_distance_that_is_never_defined_is_said_and_not_drawn(tmp_path: Path) -> None:
     text = _text(tmp_path, Invented({"local": 0.0, "fedavg": 0.0}, folds=0, images=1, hd95=False))
 
-    assert "HD95 (mm) is not defined in any case." in text
+    assert "HD95 (mm, or pixels) is not defined in any case." in text
     assert "**HD95" not in text
     assert "nan" not in text
 
