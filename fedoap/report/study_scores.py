@@ -28,7 +28,9 @@ class Metric:
 
 
 DICE = Metric("dice", "Dice", 1, 3)
-METRICS = (DICE, Metric("iou", "IoU", 1, 3), Metric("hd95_mm", "HD95 (mm, or pixels)", -1, 2), Metric("nsd", "NSD", 1, 3))
+HD95 = Metric("hd95_mm", "HD95 (mm, or pixels)", -1, 2)
+"""In pixels where images tell no spacing."""
+METRICS = (DICE, Metric("iou", "IoU", 1, 3), HD95, Metric("nsd", "NSD", 1, 3))
 
 
 @dataclass(frozen=True, slots=True)
