@@ -23,6 +23,7 @@ from fedoap.identity import sync_folder
 from fedoap.seal import sealed_at
 from fedoap.spares import Spares
 from fedoap.tensors import BlobManifest, UploadManifest
+from fedoap_coordinator.descriptors import open_own
 from fedoap_coordinator.seals import Seals
 
 RESERVE_BYTES = 64 << 20
@@ -74,7 +75,7 @@ class Blobs:
     def reopen_part(self, part: bytes, size: int) -> Trouble | None:
         """Go on with a part that an earlier run left, or say why not."""
         try:
-            descriptor = os.open(self._path(part), os.O_RDWR)
+            descriptor = open_own(self._path(part), os.O_RDWR)
         except FileNotFoundError:
             return "corrupt", LOST
         self._open[part] = descriptor
@@ -165,7 +166,7 @@ class Blobs:
     def read(self, blob: bytes, at: int, size: int) -> bytes | None:
         """Return bytes [at, at + size) of a blob, or nothing where it is gone."""
         try:
-            descriptor = os.open(self.files(blob).blob, os.O_RDONLY)
+            descriptor = open_own(self.files(blob).blob, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
@@ -195,7 +196,7 @@ class Blobs:
 
     def _make_room(self, part: bytes, size: int) -> Trouble | None:
         try:
-            descriptor = self._open[part] = os.open(self._path(part), os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = self._open[part] = open_own(self._path(part), os.O_RDWR | os.O_CREAT, 0o600)
             if size:
                 os.posix_fallocate(descriptor, 0, size)
             free = os.fstatvfs(descriptor)

@@ -6,6 +6,7 @@ below what it may have; once connections have used that up, the port hangs up it
 of the limit is the coordinator's own, and whoever is connected stays. It listens again when there is room.
 """
 
+import errno
 import os
 import resource
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from fedoap.protocol.events import Note
 
 SPARE = 64
 """For ledger, blobs and the aggregation process; so many must be free again before the port listens."""
+AT_HAND = 4
+"""With fewer left the port shuts: a flood takes some more between a look and the next file of ours."""
 LOOK_SECONDS = 1.0
 NOTE_SECONDS = 60.0
 
@@ -27,6 +30,19 @@ def raise_limit(sites: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most - SPARE if most > 4 * SPARE else most, hard))
 
 
+def open_own(path: Path, flags: int, mode: int = 0o777) -> int:
+    """Return `os.open`'s descriptor; where strangers took the last one, of the spare, and the port shuts next."""
+    try:
+        return os.open(path, flags, mode)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        more = soft + AT_HAND if hard == resource.RLIM_INFINITY else min(soft + AT_HAND, hard)
+        if error.errno != errno.EMFILE or more == soft:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        return open_own(path, flags, mode)
+
+
 class Doorkeeper:
     """Opens and shuts the port; `shut` ends listening, `reopen` returns whether it listens again."""
 
@@ -34,21 +50,28 @@ class Doorkeeper:
         self._shut, self._reopen, self._clock = shut, reopen, clock
         self._limit: int | None = None
         """The limit to go back to, where the port is shut."""
+        self._seen: int | None = None
+        """The limit as it was while the port was open, before `open_own` had to raise it."""
         self._look_at = self._quiet_until = 0.0
 
     def look(self) -> Note | None:
-        """Shut the port if not one descriptor is left, open it if there are enough; return what to tell."""
+        """Shut the port if too few descriptors are left, open it if there are enough; return what to tell."""
         if self._limit is None:
-            return None if _is_one_left() else self._close_door()
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if self._seen is None or soft <= self._seen:
+                self._seen = soft
+                if _are_some_left():
+                    return None
+            return self._close_door(self._seen)
         now = self._clock()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
             self._open_door(self._limit)
         return None
 
-    def _close_door(self) -> Note | None:
+    def _close_door(self, soft: int) -> Note | None:
         self._shut()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = soft
         most = soft + SPARE if hard == resource.RLIM_INFINITY else min(soft + SPARE, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -70,9 +93,14 @@ def _count() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def _is_one_left() -> bool:
+def _are_some_left() -> bool:
+    opened: list[int] = []
     try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(AT_HAND):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401 - those before an error count
     except OSError:
         return False
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
     return True

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,9 @@ os._exit(0)
 def _flood(port: int) -> Iterator[None]:
     """Hold connections that say nothing, more than the coordinator has descriptors for."""
     with ExitStack() as stack:
-        for _ in range(10 * ROOM):
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5.0))
+        with suppress(ConnectionError):  # refused or reset: the port is shut by then
+            for _ in range(10 * ROOM):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 5.0))
         yield
 
 
