@@ -67,6 +67,8 @@ class BankConfig(Frozen):
     """Total weight of the bank in the softmax, in tokens: log_weight = log(count / total * mass)."""
     cases_per_site: Annotated[int, Field(ge=1)] = 256
     """At most so many training cases of a site enter one exchange."""
+    refresh_every: Annotated[int, Field(ge=1)] = 1
+    """The bank is renewed after every so many rounds, and before the calibration."""
 
 
 class TrainingConfig(Frozen):
@@ -85,6 +87,8 @@ class TrainingConfig(Frozen):
     """Largest L2 norm of the gradient; 0 leaves it alone."""
     shared_path_fraction: Fraction = 0.2
     """Share of the steps that train the shared query, adapter and head instead of the personal ones."""
+    validate_every: Annotated[int, Field(ge=1)] = 1
+    """The validation cases are looked at after every so many rounds, and after the last."""
 
 
 class CalibrationConfig(Frozen):

@@ -40,11 +40,12 @@ def course(plan: Plan) -> tuple[Step, ...]:
     >>> [f"{step.kind}{step.round}" for step in course(Plan(federation="demo", rounds=2))]
     ['init0', 'train1', 'seed2', 'train2', 'bank3', 'calibrate3']
     """
+    last = plan.rounds + 1
     steps = [Step("init", 0)]
-    for number in range(1, plan.rounds + 2):
-        if plan.network.has_bank and number >= 2:
+    for number in range(1, last + 1):
+        if plan.network.has_bank and number >= 2 and ((number - 2) % plan.bank.refresh_every == 0 or number == last):
             steps.append(Step("seed" if number == 2 else "bank", number))
-        steps.append(Step("train" if number <= plan.rounds else "calibrate", number))
+        steps.append(Step("train" if number < last else "calibrate", number))
     return tuple(steps)
 
 

@@ -127,7 +127,7 @@ def _fine_tune(predict: Predictor, loss: Loss, place: Workplace, batches: Batche
     average = RunningMean(network, place.plan.calibration.average)
     watched = replace(predict, network=average.network)
     descent = Descent(loss, SiteOptimizer(dict(network.named_parameters()), place.plan.training), settle=average.follow)
-    cases = prepared_cases(place.validation, place.data, place.plan, place.cache)
+    cases = place.validation_cases()
     marks = look_steps(stretch.count, place.plan.calibration.evaluations)
     looks: list[float] = []
     best: dict[str, Tensor] = {}

@@ -29,11 +29,13 @@ MEMORY_BYTES = 2**30
 
 __all__ = [
     "PreparedCase",
+    "Shelf",
     "load_case",
     "prepared_cases",
     "reference",
     "restore",
     "save_mask",
+    "shelf_batches",
     "training_batches",
 ]
 
@@ -81,11 +83,14 @@ def training_batches(
         DataError: there is no case, or one is wrong.
         StorageError: the cache cannot be written.
     """
-    if not cases:
-        raise DataError(f"{data.datalist}: training is empty, but must list at least one case")
-    shelf = _Shelf(cases, data, plan, cache)
-    items = range(rank, plan.training.batch_size, ranks)
-    return _batches(shelf, data, plan, seed=seed, step=start_step, items=items)
+    return shelf_batches(Shelf(cases, data, plan, cache), seed=seed, start_step=start_step, rank=rank, ranks=ranks)
+
+
+def shelf_batches(
+    shelf: "Shelf", *, seed: int, start_step: int = 0, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return what `training_batches` does, of cases that stand ready."""
+    return _batches(shelf, seed=seed, step=start_step, items=range(rank, shelf.plan.training.batch_size, ranks))
 
 
 def order(seed: int, position: int, cases: int) -> int:
@@ -133,11 +138,18 @@ def _permutation(seed: int, epoch: int, cases: int) -> NDArray[np.int64]:
     return stream(seed, "order", epoch).permutation(cases)
 
 
-class _Shelf:
-    """The training cases: in memory as far as the budget goes, the others behind the cache."""
+class Shelf:
+    """The training cases, each checked: in memory as far as the budget goes, the others behind the cache.
+
+    Raises:
+        DataError: there is no case, or one is wrong.
+        StorageError: the cache cannot be written.
+    """
 
     def __init__(self, cases: Sequence[Case], data: SiteData, plan: Plan, cache: Path | None) -> None:
-        self.cases, self._data, self._plan, self._cache = cases, data, plan, cache
+        if not cases:
+            raise DataError(f"{data.datalist}: training is empty, but must list at least one case")
+        self.cases, self.data, self.plan, self._cache = cases, data, plan, cache
         self._kept: dict[int, PreparedCase] = {}
         budget, lesion = MEMORY_BYTES, False
         for index, case in enumerate(cases):
@@ -153,12 +165,11 @@ class _Shelf:
 
     def __getitem__(self, index: int) -> PreparedCase:
         kept = self._kept.get(index)
-        return kept or load_case(self.cases[index], self._data, self._plan, self._cache)
+        return kept or load_case(self.cases[index], self.data, self.plan, self._cache)
 
 
-def _batches(
-    shelf: _Shelf, data: SiteData, plan: Plan, *, seed: int, step: int, items: range
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(shelf: Shelf, *, seed: int, step: int, items: range) -> Iterator[tuple[Tensor, Tensor]]:
+    data, plan = shelf.data, shelf.plan
     size, n = plan.training.batch_size, len(shelf.cases)
     while True:
         chosen = [shelf[order(seed, step * size + item, n)] for item in items]

@@ -52,17 +52,18 @@ def load_datalist(data: SiteData, split: Split, *, labelled: bool = True) -> tup
         DataError: the list cannot be read, names a missing file, has a patient or an image in two
             splits, or the split is empty or lacks a mask.
     """
-    place = data.datalist
-    values = _read(place)
-    root = data.root if data.root is not None else place.parent
-    splits = {name: tuple(_cases(values.get(name, []), name, place, root)) for name in SPLITS}
-    if not splits[split]:
-        raise DataError(f"{place}: {split} is empty, but must list at least one case")
-    _check_files(splits, place)
-    _check_apart(splits, place)
-    if labelled:
-        _check_labels(splits[split], split, place)
-    return splits[split][: data.max_training_cases] if split == "training" else splits[split]
+    (cases,) = _load(data, (split,), labelled=labelled)
+    return cases
+
+
+def load_splits(data: SiteData) -> tuple[tuple[Case, ...], tuple[Case, ...], tuple[Case, ...]]:
+    """Return the labelled cases of training, validation and test; the list is read and checked once.
+
+    Raises:
+        DataError: as for `load_datalist`, of any of the three.
+    """
+    training, validation, test = _load(data, SPLITS, labelled=True)
+    return training, validation, test
 
 
 def load_all(data: SiteData) -> tuple[tuple[Split, Case], ...]:
@@ -71,9 +72,7 @@ def load_all(data: SiteData) -> tuple[tuple[Split, Case], ...]:
     Raises:
         DataError: as for `load_datalist`, or all three are empty.
     """
-    place, root = data.datalist, data.root if data.root is not None else data.datalist.parent
-    values = _read(place)
-    splits = {name: tuple(_cases(values.get(name, []), name, place, root)) for name in SPLITS}
+    place, splits = data.datalist, _listed(data)
     if not any(splits.values()):
         raise DataError(f"{place}: {', '.join(SPLITS)} are empty, but must list at least one case")
     _check_files(splits, place)
@@ -104,6 +103,26 @@ def stem(path: Path) -> str:
     """
     inner = path.with_suffix("") if path.suffix in COMPRESSED else path
     return inner.stem
+
+
+def _load(data: SiteData, wanted: Sequence[Split], *, labelled: bool) -> list[tuple[Case, ...]]:
+    place, splits = data.datalist, _listed(data)
+    for split in wanted:
+        if not splits[split]:
+            raise DataError(f"{place}: {split} is empty, but must list at least one case")
+    _check_files(splits, place)
+    _check_apart(splits, place)
+    if labelled:
+        for split in wanted:
+            _check_labels(splits[split], split, place)
+    splits["training"] = splits["training"][: data.max_training_cases]
+    return [splits[split] for split in wanted]
+
+
+def _listed(data: SiteData) -> dict[Split, tuple[Case, ...]]:
+    place = data.datalist
+    values, root = _read(place), data.root if data.root is not None else place.parent
+    return {name: tuple(_cases(values.get(name, []), name, place, root)) for name in SPLITS}
 
 
 def _read(place: Path) -> Mapping[str, object]:

@@ -8,7 +8,7 @@ on a CPU to the last bit. With several ranks each works on its part of every bat
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeAlias
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fedoap.config import Plan, SiteData
 from fedoap.errors import TrainingError
-from fedoap.segmentation.data import training_batches
-from fedoap.segmentation.datalist import Case, load_datalist
+from fedoap.segmentation.data import PreparedCase, Shelf, prepared_cases, shelf_batches
+from fedoap.segmentation.datalist import Case, load_splits
 from fedoap.segmentation.optimizer import SiteOptimizer
 
 CHECK_EVERY = 10
@@ -45,6 +45,14 @@ class Progress:
 Report: TypeAlias = Callable[[Progress], None]
 
 
+@dataclass(slots=True)
+class Ready:
+    """Cases that were prepared before: work after work at one place reads them once."""
+
+    training: Shelf | None = None
+    validation: list[PreparedCase] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Workplace:
     """A site's cases and the process that works on them."""
@@ -60,6 +68,7 @@ class Workplace:
     report: Report
     rank: int = 0
     ranks: int = 1
+    ready: Ready = field(default_factory=Ready, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -70,7 +79,7 @@ class Workplace:
         Raises:
             DataError: the datalist is wrong, or a split is empty or lacks masks.
         """
-        training, validation, test = (load_datalist(data, split) for split in ("training", "validation", "test"))
+        training, validation, test = load_splits(data)
         return cls(site, plan, data, training, validation, test, cache, device, report)
 
     def shared_out(self, rank: int, ranks: int) -> Self:
@@ -100,16 +109,20 @@ class Workplace:
         Raises:
             DataError: a case is wrong.
         """
-        return training_batches(
-            self.training,
-            self.data,
-            self.plan,
-            seed=self.seed("batches"),
-            start_step=first,
-            cache=self.cache,
-            rank=self.rank,
-            ranks=self.ranks,
-        )
+        if self.ready.training is None:
+            self.ready.training = Shelf(self.training, self.data, self.plan, self.cache)
+        seed = self.seed("batches")
+        return shelf_batches(self.ready.training, seed=seed, start_step=first, rank=self.rank, ranks=self.ranks)
+
+    def validation_cases(self) -> list[PreparedCase]:
+        """Return the validation cases, prepared.
+
+        Raises:
+            DataError: a case is wrong, or every mask is empty.
+        """
+        if self.ready.validation is None:
+            self.ready.validation = prepared_cases(self.validation, self.data, self.plan, self.cache)
+        return self.ready.validation
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """Return the network, its gradients averaged over all processes where there are several."""

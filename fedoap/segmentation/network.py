@@ -193,15 +193,18 @@ class FedOAPNet(nn.Module):
         config: what to build.
         seed: of the weights; the caller's generators stay untouched.
         tied: let bottleneck_kv serve as bottleneck_q too, as the shared path does.
+        blank: leave the weights unset, for a caller that sets all of them.
     """
 
-    def __init__(self, config: NetworkConfig, *, seed: int = 0, tied: bool = False) -> None:
+    def __init__(self, config: NetworkConfig, *, seed: int = 0, tied: bool = False, blank: bool = False) -> None:
         super().__init__()
         self.config, self.tied = config, tied
         # building draws from the caller's generator otherwise, and lands on whatever device is the default
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if blank else "cpu"):
             torch.default_generator.manual_seed(seed)
             self._build()
+        if blank:
+            self.to_empty(device="cpu")
 
     def _build(self) -> None:
         config, d = self.config, self.config.dimensions

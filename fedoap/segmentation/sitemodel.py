@@ -47,19 +47,24 @@ class ControlVariates:
 
 
 class SiteModel(nn.Module):
-    """The shared and the personal network of one site; the weights depend on the plan alone.
+    """The shared and the personal network of one site; the first weights depend on the plan alone.
+
+    Args:
+        plan: What to build.
+        blank: leave the weights unset, for a caller that loads shared ones and then resets the personal.
 
     Raises:
         ConfigError: the strategy is unknown, or one of its parts is not in the plan's network.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, blank: bool = False) -> None:
         super().__init__()
         _check_bottleneck(plan)
         parts = personal_parts(plan.strategy)
-        self.shared = FedOAPNet(plan.network, seed=plan.seed, tied=True)
+        self.shared = FedOAPNet(plan.network, seed=plan.seed, tied=True, blank=blank)
         # a second bottleneck makes sense only where the site has weights of its own to put into it
-        self.personal = FedOAPNet(plan.network, seed=plan.seed, tied=not is_personal(_QUERY_BRANCH, parts))
+        # every weight of its own becomes a copy of its shared twin's
+        self.personal = FedOAPNet(plan.network, tied=not is_personal(_QUERY_BRANCH, parts), blank=True)
         if plan.strategy.personal is not None:
             check_matches(_names(self.personal), parts)
         if parts and not any(is_personal(name, parts) for name in _names(self.personal)):

@@ -4,7 +4,6 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from fedoap.segmentation.data import prepared_cases
 from fedoap.segmentation.descent import Descent, Metrics, Progress, Stretch, Workplace, descend
 from fedoap.segmentation.evaluation import mean_dice
 from fedoap.segmentation.modelfolder import Predictor, autocast
@@ -24,7 +23,9 @@ def site_optimizer(model: SiteModel, place: Workplace) -> SiteOptimizer:
 def train_round(
     model: SiteModel, optimizer: SiteOptimizer, bank: Bank | None, number: int, place: Workplace
 ) -> Metrics:
-    """Take the steps of round `number` (from 1) and return `loss`, its mean, and `dice_validation` after them.
+    """Take the steps of round `number` (from 1) and return `loss`, its mean.
+
+    Also `dice_validation`, after them, in every `validate_every`-th round and the last.
 
     Of all the steps of a site's course the fraction rho, evenly spread, trains the shared path; the bank
     is constant. The strategy's terms amend the gradients.
@@ -53,14 +54,17 @@ def train_round(
     begun.finish()
     if not place.leads:
         return {}
-    dice = validation_dice(Predictor(place.plan, model, bank, place.device), place)
-    place.report(Progress("train", count, count, mean, dice))
-    return {"loss": mean, "dice_validation": dice, "steps": float(count)}
+    metrics = {"loss": mean, "steps": float(count)}
+    if number % training.validate_every == 0 or number == place.plan.rounds:
+        dice = validation_dice(Predictor(place.plan, model, bank, place.device), place)
+        place.report(Progress("train", count, count, mean, dice))
+        metrics["dice_validation"] = dice
+    return metrics
 
 
 def validation_dice(predict: Predictor, place: Workplace) -> float:
     """Return the mean Dice on the validation cases, on the network's grid."""
-    return mean_dice(predict, prepared_cases(place.validation, place.data, place.plan, place.cache))
+    return mean_dice(predict, place.validation_cases())
 
 
 def takes_shared_path(step: int, rho: float) -> bool:

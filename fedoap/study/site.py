@@ -25,6 +25,7 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.seal import public_half
+from fedoap.segmentation.descent import Workplace
 from fedoap.sitefolder import SiteFolder
 from fedoap.study.figures import Share
 from fedoap.study.models import BEFORE, keep_before
@@ -79,6 +80,8 @@ class StudySite:
     _plan: Plan | None = field(default=None, init=False)
     _done: dict[bytes, _Done] = field(default_factory=dict, init=False)
     _received: int = field(default=0, init=False)
+    _place: Workplace | None = field(default=None, init=False)
+    """Where the first job was done: a daemon's worker reads the images for each job anew, to the same effect."""
 
     def __post_init__(self) -> None:
         check_worker(self.member.name, self.config)
@@ -147,7 +150,7 @@ class StudySite:
         if job.kind == "calibrate" and job.personal is not None:
             keep_before(job.personal, self.folder.path / BEFORE)
         with quiet_process():
-            carry_out(job, lambda progress: self.report(self.member.name, manifest.round, progress))
+            self._place = carry_out(job, lambda one: self.report(self.member.name, manifest.round, one), self._place)
         return self._results.finish(manifest.work, job.output)
 
     def _commit(self, manifest: TaskManifest) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -118,24 +118,28 @@ class Reporter:
         self._lines.flush()
 
 
-def carry_out(job: Job, report: "Report") -> None:
+def carry_out(job: Job, report: "Report", place: "Workplace | None" = None) -> "Workplace":
     """Leave the job's result in its output folder, `result.json` last.
+
+    Args:
+        job: What to do.
+        report: Hears of its progress.
+        place: Where an earlier job of this site and plan was done, whose cases stand ready.
+
+    Returns:
+        Where it was done.
 
     Raises:
         FedoapError: what is wrong with job, data or disk.
     """
     import torch
 
-    from fedoap.segmentation.descent import Workplace
-
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if job.worker.threads:
         torch.set_num_threads(job.worker.threads)
     start = time.monotonic()
     try:
-        place = Workplace.open(
-            job.site, job.plan, job.data, cache=job.cache, device=_device(job), report=report
-        ).shared_out(rank, ranks)
+        place = _open(job, report).shared_out(rank, ranks) if place is None else replace(place, report=report)
         outcome = _outcome(job, place)
     except torch.OutOfMemoryError:
         text = "lower training.batch_size, data.patch, data.size or network.width"
@@ -143,6 +147,13 @@ def carry_out(job: Job, report: "Report") -> None:
     if outcome is not None:
         metrics = outcome.metrics | {"seconds": time.monotonic() - start}
         _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
+    return place
+
+
+def _open(job: Job, report: "Report") -> "Workplace":
+    from fedoap.segmentation.descent import Workplace
+
+    return Workplace.open(job.site, job.plan, job.data, cache=job.cache, device=_device(job), report=report)
 
 
 def _outcome(job: Job, place: "Workplace") -> Outcome | None:
@@ -201,7 +212,7 @@ def _model(job: Job, place: "Workplace") -> "SiteModel":
     from fedoap.segmentation.modelfolder import read_files
     from fedoap.segmentation.sitemodel import SiteModel
 
-    model = SiteModel(job.plan)
+    model = SiteModel(job.plan, blank=job.model is not None)
     if job.model is not None:
         model.load_shared(read_files(job.model))
     elif job.kind != "init":
