@@ -157,11 +157,16 @@ class Shelf:
             if prepared.label is None:
                 raise DataError(f"case {case.name}: label is missing, but only prediction goes without")
             lesion = lesion or bool(prepared.label.any())
-            budget -= prepared.image.nbytes + prepared.label.nbytes
+            budget -= prepared.nbytes
             if budget >= 0:
                 self._kept[index] = prepared
         if not lesion:
             raise DataError(f"{data.datalist}: every training label is empty, but one at least must mark something")
+
+    @property
+    def kept(self) -> list[PreparedCase]:
+        """The cases in memory."""
+        return [*self._kept.values()]
 
     def __getitem__(self, index: int) -> PreparedCase:
         kept = self._kept.get(index)

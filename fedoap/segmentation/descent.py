@@ -52,6 +52,12 @@ class Ready:
     training: Shelf | None = None
     validation: list[PreparedCase] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cases take in memory."""
+        kept = [*(self.training.kept if self.training else ()), *(self.validation or ())]
+        return sum(case.nbytes for case in kept)
+
 
 @dataclass(frozen=True, slots=True)
 class Workplace:

@@ -43,6 +43,11 @@ class PreparedCase:
     case: Case
     geometry: Geometry
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of image and label."""
+        return self.image.nbytes + (0 if self.label is None else self.label.nbytes)
+
 
 def load_case(case: Case, data: SiteData, plan: Plan, cache: Path | None = None) -> PreparedCase:
     """Return a case read, checked, resampled and scaled, from the cache where it is there.

@@ -25,7 +25,6 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.seal import public_half
-from fedoap.segmentation.descent import Workplace
 from fedoap.sitefolder import SiteFolder
 from fedoap.study.figures import Share
 from fedoap.study.models import BEFORE, keep_before
@@ -36,7 +35,10 @@ from fedoap_node.blobs import BlobStore
 from fedoap_node.files import share
 from fedoap_node.job import write_job
 from fedoap_node.results import Result, Results
-from fedoap_node.worker import carry_out
+from fedoap_node.worker import Workshop
+
+KEPT_BYTES = 2**27
+"""Of a site's prepared cases, which stay in memory from job to job: many sites share this process."""
 
 
 @dataclass(slots=True)
@@ -80,8 +82,7 @@ class StudySite:
     _plan: Plan | None = field(default=None, init=False)
     _done: dict[bytes, _Done] = field(default_factory=dict, init=False)
     _received: int = field(default=0, init=False)
-    _place: Workplace | None = field(default=None, init=False)
-    """Where the first job was done: a daemon's worker reads the images for each job anew, to the same effect."""
+    _workshop: Workshop = field(default_factory=lambda: Workshop(KEPT_BYTES), init=False)
 
     def __post_init__(self) -> None:
         check_worker(self.member.name, self.config)
@@ -150,7 +151,7 @@ class StudySite:
         if job.kind == "calibrate" and job.personal is not None:
             keep_before(job.personal, self.folder.path / BEFORE)
         with quiet_process():
-            self._place = carry_out(job, lambda one: self.report(self.member.name, manifest.round, one), self._place)
+            self._workshop.carry_out(job, lambda progress: self.report(self.member.name, manifest.round, progress))
         return self._results.finish(manifest.work, job.output)
 
     def _commit(self, manifest: TaskManifest) -> None:

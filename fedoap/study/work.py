@@ -17,7 +17,7 @@ from fedoap.segmentation.sitemodel import SiteModel
 from fedoap.simulation.layout import Layout
 from fedoap.study.figures import SiteRound
 from fedoap_node.job import RESULT, JobResult, write_local_job
-from fedoap_node.worker import carry_out
+from fedoap_node.worker import Workshop
 
 NEW_SITE_EPOCHS = 2
 
@@ -37,7 +37,7 @@ def train_alone(site: str, config: SiteConfig, plan: Plan, folder: Path, report:
     job = write_local_job(site, config, plan, cache, Layout(folder.absolute()).alone(site))
     last = plan.rounds + 1
     with quiet_process():
-        carry_out(job, lambda progress: report(site, last, progress))
+        Workshop().carry_out(job, lambda progress: report(site, last, progress))
     result = JobResult.model_validate_json((job.output / RESULT).read_bytes())
     return SiteRound(
         site=site,

@@ -1,7 +1,8 @@
 """The contract between the node daemon and its training process: files in, lines out, files back.
 
 The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`, or gives the path to
-a worker that waits for it (`fedoap_node.spare`). The worker prints one JSON object a line on standard
+a worker that waits for it (`fedoap_node.spare`), which says `JobDone` at the job's end and may be given
+another. The worker prints one JSON object a line on standard
 output (`JobProgress`), everything else on standard error, and leaves in `job.output`: `result.json`
 (`JobResult`, written last, atomically), `update.blob` and `update.manifest` (the tensors to upload,
 perhaps none), and, where the job changed them, the new personal state as safetensors files under
@@ -58,6 +59,12 @@ class JobProgress(Frozen):
     loss: float
     dice: float = -1.0
     """Mean validation Dice, or -1 while there is none."""
+
+
+class JobDone(Frozen):
+    """The line that a worker prints which has done a job and waits for the next."""
+
+    done: Literal[True]
 
 
 class JobResult(Frozen):

@@ -1,11 +1,13 @@
 """The worker that waits: started before there is a job, so that its imports are done when one comes.
 
-Importing PyTorch and MONAI takes seconds a task, nothing beside an hour of training and all of a short
-task. Each worker still does one job and ends, so nothing that a job left in memory or on the GPU
-outlives it, and the spare touches no GPU before it has its job.
+Importing PyTorch and MONAI takes seconds, a GPU's context and the images some more: nothing beside an hour
+of training and all of a short task. So fedoap's own worker stays for a while after a job, and a federation
+of many short rounds is done by one process a site. A worker that has not had a job yet touches no GPU;
+one that fails ends, and so does one that has waited for `worker.stay_seconds`.
 """
 
 import sys
+import time
 from pathlib import Path
 
 from fedoap.config import WorkerConfig
@@ -28,14 +30,18 @@ def spare_command(worker: WorkerConfig) -> list[str] | None:
 
 
 class Spare:
-    """At most one worker that waits."""
+    """At most one worker that waits: a fresh one, or for a while the one that did the last job."""
 
     def __init__(self, worker: WorkerConfig, log: Path) -> None:
         self._worker, self._log = worker, log
         self._waiting: Trainer | None = None
+        self._until: float | None = None
+        """When a worker ends that waits for another job; a fresh one waits without end."""
 
     def prepare(self) -> None:
         """Let a worker wait; one that has died is not replaced before the next job has shown why."""
+        if self._until is not None and time.monotonic() > self._until:
+            self.close()
         command = spare_command(self._worker)
         if self._waiting is None and command is not None:
             self._waiting = Trainer(command, None, self._log)
@@ -46,15 +52,24 @@ class Spare:
         Raises:
             StorageError: it cannot be started.
         """
-        waiting, self._waiting = self._waiting, None
+        waiting, self._waiting, self._until = self._waiting, None, None
         if waiting is not None:
-            if waiting.begin(job):
+            if waiting.begin(job, last=not self._stays()):
                 return waiting
             waiting.kill()
         return Trainer(worker_command(self._worker, job), job.parent, self._log)
 
+    def keep(self, worker: Trainer) -> None:
+        """Let a worker wait that has done its job."""
+        self.close()
+        self._waiting, self._until = worker, time.monotonic() + self._worker.stay_seconds
+
     def close(self) -> None:
         """End the worker that waits, if one does."""
-        waiting, self._waiting = self._waiting, None
+        waiting, self._waiting, self._until = self._waiting, None, None
         if waiting is not None:
             waiting.kill()
+
+    def _stays(self) -> bool:
+        # a command of one's own is promised the end of its input behind its job
+        return self._worker.command is None and self._worker.stay_seconds > 0

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from fedoap.config import WorkerConfig
 from fedoap.errors import StorageError
 from fedoap_node import leash
-from fedoap_node.job import ERROR, JobProgress
+from fedoap_node.job import ERROR, JobDone, JobProgress
 from fedoap_node.journal import rotate
 
 READ_BYTES = 1 << 16
@@ -60,6 +61,7 @@ class Trainer:
             with log.open("ab") as errors:
                 self._process = subprocess.Popen(
                     leashed,
+                    bufsize=0,
                     stdin=subprocess.PIPE if output is None else subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -70,19 +72,23 @@ class Trainer:
         assert self._process.stdout is not None
         self._stdout: IO[bytes] = self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
-        self._talks = True
+        self._talks, self._has_done = True, False
         self._ended = os.pidfd_open(self._process.pid)
 
-    def begin(self, job: Path) -> bool:
-        """Give a worker that waits its job; return whether it was still there to take it."""
+    def begin(self, job: Path, *, last: bool = True) -> bool:
+        """Give a worker that waits its job; return whether it was still there to take it.
+
+        The worker ends after its last one: it may have done so before this returns.
+        """
         assert self._process.stdin is not None
-        self._output, self._log_start = job.parent, self._log.stat().st_size
+        self._output, self._log_start, self._has_done = job.parent, self._log.stat().st_size, False
         try:
-            with self._process.stdin as line:
-                line.write(os.fsencode(job) + b"\n")
+            self._process.stdin.write(os.fsencode(job) + b"\n")
+            if last:
+                self._process.stdin.close()
         except BrokenPipeError:
             return False
-        return True  # it may have ended since: a short job is done by now
+        return True
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when the worker has said something or ended."""
@@ -92,12 +98,19 @@ class Trainer:
         """Return the newest progress that has arrived since the last call; other lines go to its log."""
         newest = None
         for line in self._lines():
-            try:
-                newest = JobProgress.model_validate_json(line)
-            except ValidationError:
-                with self._log.open("ab") as log:
-                    log.write(line + b"\n")
+            match _said(line):
+                case JobProgress() as progress:
+                    newest = progress
+                case JobDone():
+                    self._has_done = True
+                case None:
+                    with self._log.open("ab") as log:
+                        log.write(line + b"\n")
         return newest
+
+    def has_done(self) -> bool:
+        """Return whether the worker has said, as far as `progress` has heard, that its job is done and it waits."""
+        return self._has_done
 
     def exit_code(self) -> int | None:
         """Return the exit code, or nothing while the worker runs."""
@@ -156,6 +169,13 @@ class Trainer:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+def _said(line: bytes) -> JobProgress | JobDone | None:
+    for kind in (JobProgress, JobDone):
+        with suppress(ValidationError):
+            return kind.model_validate_json(line)
+    return None
 
 
 def _tail(path: Path, start: int) -> str:

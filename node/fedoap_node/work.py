@@ -111,9 +111,14 @@ class Work:
         said = running.trainer.progress()
         if said is not None:
             events.append(WorkProgress(said.stage, said.step, said.steps, said.loss, said.dice))
-        code = running.trainer.exit_code()
+        done = running.trainer.has_done()
+        code = 0 if done else running.trainer.exit_code()
         if code is not None:
             self._running = None
+            if done:
+                self._spare.keep(running.trainer)
+            else:
+                running.trainer.kill()  # the worker is gone; what it started may not be
             events.append(self._finish(running, code))
         return events
 
@@ -168,7 +173,6 @@ class Work:
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
         seconds = round(time.monotonic() - running.started, 3)
-        running.trainer.kill()  # the worker is gone; what it started may not be
         task, manifest = running.task, running.manifest
         if code != 0:
             words = running.trainer.last_words()

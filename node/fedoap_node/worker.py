@@ -1,7 +1,9 @@
 """The training process of a node: `python -m fedoap_node.worker JOB.json` carries out one `Job`.
 
-With `-` in the path's place it imports all it may need, then waits for the path as a line of standard
-input; without one it ends. Lines of progress go to standard output, everything else to standard error.
+With `-` in the path's place it imports all it may need, then waits for paths as lines of standard input,
+says `JobDone` after each job, and ends with its input. From one job of a site to the next it keeps the
+prepared cases in memory and the GPU's context, and nothing else. Lines of progress go to standard
+output, everything else to standard error.
 `result.json` is written last and in one move, so a job that is ended at any moment (SIGTERM ends it at
 once) leaves none. Started by `torch.distributed.run`, the processes share each batch and the first one
 writes. PyTorch takes over a second to import, so it is imported when the job has been read, or before
@@ -29,7 +31,17 @@ from safetensors import SafetensorError
 
 from fedoap.errors import ConfigError, FedoapError, StorageError, TrainingError
 from fedoap.tensors import Dtype, write_blob
-from fedoap_node.job import ERROR, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobProgress, JobResult
+from fedoap_node.job import (
+    ERROR,
+    PERSONAL,
+    RESULT,
+    UPDATE_BLOB,
+    UPDATE_MANIFEST,
+    Job,
+    JobDone,
+    JobProgress,
+    JobResult,
+)
 from fedoap_node.spare import ON_STANDARD_INPUT
 
 if TYPE_CHECKING:
@@ -83,12 +95,25 @@ def main(arguments: list[str] | None = None) -> int:
     if len(given) != 1:
         sys.stderr.write("usage: python -m fedoap_node.worker JOB.json | -\n")
         return 2
-    job = _awaited() if given[0] == ON_STANDARD_INPUT else Path(given[0])
-    if job is None:
-        return 0
+    with _line_stream() as lines:
+        return _serve(lines) if given[0] == ON_STANDARD_INPUT else _do(Path(given[0]), Workshop(), lines)
+
+
+def _serve(lines: IO[str]) -> int:
+    for name in IMPORTS:
+        importlib.import_module(name)
+    workshop = Workshop()
+    while line := sys.stdin.readline():
+        if code := _do(Path(line.removesuffix("\n")), workshop, lines):
+            return code
+        lines.write(JobDone(done=True).model_dump_json() + "\n")
+        lines.flush()
+    return 0
+
+
+def _do(job: Path, workshop: "Workshop", lines: IO[str]) -> int:
     try:
-        with _line_stream() as lines:
-            carry_out(_read(job), Reporter(lines))
+        workshop.carry_out(_read(job), Reporter(lines))
     except FedoapError as error:
         sys.stderr.write(_leave_line(job, str(error)) + "\n")
         return 2
@@ -118,20 +143,40 @@ class Reporter:
         self._lines.flush()
 
 
-def carry_out(job: Job, report: "Report", place: "Workplace | None" = None) -> "Workplace":
-    """Leave the job's result in its output folder, `result.json` last.
+class Workshop:
+    """Does one job after the other; the cases that it prepared for one stand ready for the site's next.
 
     Args:
-        job: What to do.
-        report: Hears of its progress.
-        place: Where an earlier job of this site and plan was done, whose cases stand ready.
-
-    Returns:
-        Where it was done.
-
-    Raises:
-        FedoapError: what is wrong with job, data or disk.
+        keeps: Bytes of prepared cases that may stay in memory between jobs; where there are more, none do.
     """
+
+    def __init__(self, keeps: int = 2**30) -> None:
+        self._keeps = keeps
+        self._place: Workplace | None = None
+        self._of: tuple[object, ...] = ()
+
+    def carry_out(self, job: Job, report: "Report") -> None:
+        """Leave the job's result in its output folder, `result.json` last.
+
+        Raises:
+            FedoapError: what is wrong with job, data or disk.
+        """
+        of = (job.site, job.plan, job.data, job.worker, job.cache, _state(job.data.datalist))
+        place = replace(self._place, report=report) if self._place and of == self._of else None
+        place = _carry_out(job, report, place)
+        self._place, self._of = (place, of) if place.ready.nbytes <= self._keeps else (None, ())
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Return what tells a file from a later one of its name; that there is none shows where it is read."""
+    try:
+        found = file.stat()
+    except OSError:
+        return -1, -1
+    return found.st_mtime_ns, found.st_size
+
+
+def _carry_out(job: Job, report: "Report", place: "Workplace | None") -> "Workplace":
     import torch
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -139,7 +184,7 @@ def carry_out(job: Job, report: "Report", place: "Workplace | None" = None) -> "
         torch.set_num_threads(job.worker.threads)
     start = time.monotonic()
     try:
-        place = _open(job, report).shared_out(rank, ranks) if place is None else replace(place, report=report)
+        place = place or _open(job, report).shared_out(rank, ranks)
         outcome = _outcome(job, place)
     except torch.OutOfMemoryError:
         text = "lower training.batch_size, data.patch, data.size or network.width"
@@ -147,6 +192,8 @@ def carry_out(job: Job, report: "Report", place: "Workplace | None" = None) -> "
     if outcome is not None:
         metrics = outcome.metrics | {"seconds": time.monotonic() - start}
         _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
+    if place.device.type == "cuda":
+        torch.cuda.empty_cache()
     return place
 
 
@@ -257,14 +304,6 @@ def _device(job: Job) -> "device":
     mine = choose_device(f"cuda:{local}")
     torch.cuda.set_device(mine)
     return mine
-
-
-def _awaited() -> Path | None:
-    """Import what jobs need, then return the path of the one that comes, or nothing where none does."""
-    for name in IMPORTS:
-        importlib.import_module(name)
-    line = sys.stdin.readline()
-    return Path(line.removesuffix("\n")) if line else None
 
 
 def _read(path: Path) -> Job:

@@ -20,10 +20,9 @@ from fedoap.errors import ConfigError, DataError, StorageError
 from fedoap.segmentation.descent import Progress
 from fedoap.segmentation.modelfolder import load_model
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
-from fedoap_node import worker as worker_module
 from fedoap_node.job import Job, JobKind, JobProgress, JobResult
 from fedoap_node.trainer import Trainer
-from fedoap_node.worker import Reporter, carry_out, main
+from fedoap_node.worker import Reporter, Workshop, main
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
@@ -59,7 +58,7 @@ class Site:
 
     def do(self, kind: JobKind, number: int = 0, *, model: Path | None = None, bank: Path | None = None) -> Path:
         job = self.job(kind, number, model=model, bank=bank)
-        carry_out(job, self.seen.append)
+        Workshop().carry_out(job, self.seen.append)
         if (job.output / "personal").exists():
             self.personal = job.output / "personal"
         return job.output
@@ -151,7 +150,7 @@ def test_the_same_job_gives_the_same_bytes_and_leaves_the_old_state_alone(tmp_pa
     outputs = []
     for name in ("one", "two"):
         job = site.job("train", 2, model=start, name=name)
-        carry_out(job, site.seen.append)
+        Workshop().carry_out(job, site.seen.append)
         outputs.append(snapshot(job.output / "personal") | {"blob": (job.output / "update.blob").read_bytes()})
 
     assert outputs[0] == outputs[1]
@@ -173,7 +172,7 @@ def test_the_site_goes_on_from_its_personal_weights_and_their_moments(tmp_path: 
         for place in (kept, other, forgetful)
     ]
     for job in jobs:
-        carry_out(job, site.seen.append)
+        Workshop().carry_out(job, site.seen.append)
 
     assert len({manifest(job.output).id for job in jobs}) == 3
 
@@ -239,7 +238,7 @@ def test_a_full_disk_is_said_and_leaves_no_result(tmp_path: Path) -> None:
     (job.output / "update.blob").symlink_to("/dev/full")
 
     with pytest.raises(StorageError, match=r"init0: result cannot be written: .*No space left on device"):
-        carry_out(job, site.seen.append)
+        Workshop().carry_out(job, site.seen.append)
     assert not (job.output / "result.json").exists()
 
 
@@ -338,7 +337,7 @@ def test_two_processes_that_share_each_batch_agree_with_one_to_rounding(tmp_path
     alone = site.job("train", 1, model=start, name="alone")
     together = site.job("train", 1, model=start, name="together")
 
-    carry_out(alone, site.seen.append)
+    Workshop().carry_out(alone, site.seen.append)
     done = run(together, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
     assert done.returncode == 0, done.stderr
@@ -378,7 +377,7 @@ def test_an_error_that_nobody_foresaw_leaves_its_line_too(
     def fail(*_: object) -> None:
         raise RuntimeError("NCCL error:\nunhandled system error")
 
-    monkeypatch.setattr(worker_module, "carry_out", fail)
+    monkeypatch.setattr(Workshop, "carry_out", fail)
     with pytest.raises(RuntimeError):
         main([str(path)])
 

@@ -13,7 +13,7 @@ from fedoap.bank import BankKind, merge_bank
 from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
 from fedoap_node.job import Job, JobKind, JobResult
-from fedoap_node.worker import carry_out
+from fedoap_node.worker import Workshop
 
 SITES = ("a", "b")
 Weights = dict[str, NDArray[np.generic]]
@@ -90,7 +90,7 @@ class SmallFederation:
             cache=self.folder / site / "cache",
             output=output,
         )
-        carry_out(job, lambda _: None)
+        Workshop().carry_out(job, lambda _: None)
         if (output / "personal").exists():
             self.personal[site] = output / "personal"
         result = JobResult.model_validate_json((output / "result.json").read_bytes())

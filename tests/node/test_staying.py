@@ -1,0 +1,183 @@
+"""A worker that stays after its job, for the next one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedoap.config import Plan, SiteData, WorkerConfig
+from fedoap.segmentation import data as data_module
+from fedoap.segmentation.datalist import Case
+from fedoap.segmentation.prepared import PreparedCase, load_case
+from fedoap_node import spare as spare_module
+from fedoap_node.job import Job, JobDone
+from fedoap_node.spare import Spare, spare_command
+from fedoap_node.trainer import Trainer
+from fedoap_node.worker import Workshop
+from tests.node.test_trainer import exit_code, is_gone
+from tests.node.test_worker import ENVIRONMENT, Site, files, result, tensors
+
+WORKER = """
+import os, sys
+from pathlib import Path
+while line := sys.stdin.readline():
+    job = Path(line.strip())
+    with (job.parent / "pids").open("a") as file:
+        file.write(f"{os.getpid()}\\n")
+    print('{"done": true}', flush=True)
+"""
+
+
+@pytest.fixture
+def spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spare]:
+    """A spare whose worker is a stand-in for fedoap's own."""
+    monkeypatch.setattr(spare_module, "spare_command", lambda _: [sys.executable, "-c", WORKER])
+    spare = Spare(WorkerConfig(stay_seconds=30), tmp_path / "worker.log")
+    yield spare
+    spare.close()
+
+
+def done(trainer: Trainer) -> None:
+    deadline = time.monotonic() + 20
+    while not trainer.has_done():
+        assert time.monotonic() < deadline
+        trainer.progress()
+        time.sleep(0.01)
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "pids").read_text().split()]
+
+
+def test_one_process_does_job_after_job(spare: Spare, tmp_path: Path) -> None:
+    """Planted bugs: its input closed behind the first job; the first job's end taken for the second's."""
+    spare.prepare()
+    for count in (1, 2, 3):
+        trainer = spare.take(tmp_path / "job.json")
+        assert not trainer.has_done()
+        done(trainer)
+        assert len(pids(tmp_path)) == count
+        spare.keep(trainer)
+        spare.prepare()
+
+    assert len(set(pids(tmp_path))) == 1
+
+
+def test_one_that_nobody_needs_for_a_while_ends_and_a_fresh_one_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: Spare
+) -> None:
+    """Planted bug: a fresh worker ended by the clock too."""
+    spare.prepare()
+    trainer = spare.take(tmp_path / "job.json")
+    done(trainer)
+    spare.keep(trainer)
+    (stayed,) = pids(tmp_path)
+    now = time.monotonic()
+
+    monkeypatch.setattr(time, "monotonic", lambda: now + 29)
+    spare.prepare()
+    assert trainer.exit_code() is None
+    monkeypatch.setattr(time, "monotonic", lambda: now + 32)
+    spare.prepare()
+    fresh = spare._waiting
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
+    spare.prepare()
+    monkeypatch.undo()
+
+    assert is_gone(stayed)
+    assert fresh is not None
+    assert spare._waiting is fresh
+
+
+def test_where_it_died_while_it_waited_a_fresh_one_does_the_job(
+    tmp_path: Path, spare: Spare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = [sys.executable, "-c", "print('fresh')"]
+    monkeypatch.setattr(spare_module, "worker_command", lambda *_: fresh)
+    spare.prepare()
+    trainer = spare.take(tmp_path / "job.json")
+    done(trainer)
+    spare.keep(trainer)
+    os.kill(pids(tmp_path)[0], signal.SIGKILL)
+    exit_code(trainer)
+
+    another = spare.take(tmp_path / "job.json")
+
+    assert another is not trainer
+    assert exit_code(another) == 0
+    another.kill()
+
+
+def test_zero_seconds_end_it_with_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_module, "spare_command", lambda _: [sys.executable, "-c", WORKER])
+    spare = Spare(WorkerConfig(stay_seconds=0), tmp_path / "worker.log")
+    spare.prepare()
+
+    trainer = spare.take(tmp_path / "job.json")
+
+    assert exit_code(trainer) == 0
+    trainer.kill()
+
+
+def test_fedoap_s_own_worker_does_several_jobs_as_several_workers_do(tmp_path: Path) -> None:
+    """Planted bugs: weights of the first job left in the second; no line that says a job is done."""
+    command = spare_command(WorkerConfig())
+    assert command is not None
+    site = Site(tmp_path)
+    start, model = site.job("init"), files(tmp_path / "init0")
+    jobs = [start, *(site.job("train", number, name=name) for number, name in ((1, "one"), (2, "two"), (1, "again")))]
+    jobs[1:] = [job.model_copy(update={"model": model}) for job in jobs[1:]]
+    for job in jobs:
+        job.output.mkdir()
+        (job.output / "job.json").write_text(job.model_dump_json())
+
+    lines = "".join(f"{job.output}/job.json\n" for job in jobs)
+    ended = subprocess.run(
+        command, input=lines, capture_output=True, text=True, timeout=120, check=True, env=ENVIRONMENT
+    )
+
+    said = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert sum(line == JobDone(done=True).model_dump() for line in said) == len(jobs)
+    one, two, again = (tensors(job.output) for job in jobs[1:])
+    alone = jobs[2].model_copy(update={"output": tmp_path / "alone"})
+    Workshop().carry_out(alone, lambda _: None)
+    assert all((one[name] == again[name]).all() for name in one)
+    assert any((one[name] != two[name]).any() for name in one)
+    assert all((two[name] == value).all() for name, value in tensors(alone.output).items())
+
+
+def counted(workshop: Workshop, job: Job, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Do the job and return how many cases were read from disk for it."""
+    calls: list[Case] = []
+
+    def load(case: Case, data: SiteData, plan: Plan, cache: Path | None = None) -> PreparedCase:
+        calls.append(case)
+        return load_case(case, data, plan, cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_module, "load_case", load)
+        workshop.carry_out(job, lambda _: None)
+    return len(calls)
+
+
+def test_cases_are_read_once_while_list_and_plan_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bugs: cases kept when the list was written anew; kept beyond what memory is allowed."""
+    site, shop, small = Site(tmp_path), Workshop(), Workshop(keeps=1)
+    start = site.do("init")
+    first, second, third = (site.job("train", 1, model=start, name=name) for name in ("x", "y", "z"))
+
+    assert counted(shop, first, monkeypatch) > 0
+    assert counted(shop, second, monkeypatch) == 0
+    content = json.loads(second.data.datalist.read_text())
+    content["training"] = content["training"][1:]
+    second.data.datalist.write_text(json.dumps(content))
+    assert counted(shop, third, monkeypatch) > 0
+    assert result(third.output).cases == result(second.output).cases - 1
+    assert counted(small, second, monkeypatch) > 0
+    assert counted(small, third, monkeypatch) > 0
