@@ -104,6 +104,7 @@ def site_toml(data: Path | None, modality: Modality, proxy: str | None = None) -
 # gpus = 1  # GPUs to train on together
 # threads = 0  # CPU threads; 0 lets PyTorch choose
 # keep_warm = false  # let no worker wait, its imports done, for the next task; saves memory, costs seconds a task
+# stay_seconds = 60.0  # how long the worker keeps its images and GPU for another task; 0: each task a new one
 """
 
 

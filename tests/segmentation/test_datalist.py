@@ -7,7 +7,7 @@ import pytest
 
 from fedoap.config import SiteData
 from fedoap.errors import DataError
-from fedoap.segmentation.datalist import Case, case_of, load_datalist, stem
+from fedoap.segmentation.datalist import SPLITS, Case, case_of, load_datalist, load_splits, stem
 
 
 def write(folder: Path, lists: object, *, without: str = "") -> SiteData:
@@ -66,6 +66,20 @@ def test_several_files_are_one_image(tmp_path: Path) -> None:
     (case,) = load_datalist(data, "test")
 
     assert case.images == (tmp_path / "t1.nii", tmp_path / "t2.nii")
+
+
+def test_all_three_lists_come_of_one_reading(tmp_path: Path) -> None:
+    data = write(tmp_path, {"training": [row("a"), row("b")], "validation": [row("c")], "test": [row("d")]})
+    data = data.model_copy(update={"max_training_cases": 1})
+
+    assert load_splits(data) == tuple(load_datalist(data, split) for split in SPLITS)
+
+
+def test_an_empty_list_is_named_where_all_three_are_wanted(tmp_path: Path) -> None:
+    data = write(tmp_path, {"training": [row("a")], "validation": [], "test": [row("d")]})
+
+    with pytest.raises(DataError, match=r"validation is empty, but must list at least one case"):
+        load_splits(data)
 
 
 def test_a_plain_path_is_a_case_for_prediction(tmp_path: Path) -> None:

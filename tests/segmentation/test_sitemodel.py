@@ -47,6 +47,22 @@ def test_fedoaps_personal_parts_are_those_of_the_method() -> None:
     }
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_blank_model_into_which_weights_are_loaded_is_like_another(strategy: str) -> None:
+    """Planted bug: a personal parameter that no twin is copied into."""
+    whole, blank = SiteModel(plan(strategy)), SiteModel(plan(strategy), blank=True)
+
+    blank.load_shared(whole.shared_state())
+    blank.reset_personal()
+
+    for state, other in (
+        (whole.shared_state(), blank.shared_state()),
+        (whole.personal_state(), blank.personal_state()),
+    ):
+        assert state.keys() == other.keys()
+        assert not moved(state, other)
+
+
 def test_the_shared_set_is_complete_plain_and_sorted() -> None:
     """Planted bug: bottleneck_q registered first, so that the shared set calls bottleneck_kv by its name."""
     names = list(SiteModel(plan()).shared_state())

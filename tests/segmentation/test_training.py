@@ -55,6 +55,18 @@ def test_an_easy_problem_is_learned(tmp_path: Path) -> None:
     assert metrics["dice_validation"] > 0.8
 
 
+def test_validation_cases_are_looked_at_every_so_many_rounds_and_after_the_last(tmp_path: Path) -> None:
+    """Planted bugs: rounds counted from 0; the last one left out."""
+    settings = training(steps=1).model_copy(update={"validate_every": 2})
+    place = easy_place(tmp_path, easy_plan(training=settings, rounds=5))
+    model = SiteModel(place.plan)
+    optimizer = site_optimizer(model, place)
+
+    looks = [train_round(model, optimizer, None, number, place).get("dice_validation") for number in range(1, 6)]
+
+    assert [look is not None for look in looks] == [False, True, False, True, True]
+
+
 def test_the_same_round_gives_the_same_bits(tmp_path: Path) -> None:
     """Planted bug: batches drawn from a generator seeded by the clock."""
     place = easy_place(tmp_path, easy_plan())
