@@ -250,7 +250,7 @@ def _join(trial: Trial, name: str) -> None:
     subprocess.run(join, check=True, capture_output=True)
     worker = json.dumps([sys.executable, standin.__file__])
     with (home / name / "site.toml").open("a") as text:
-        text.write(f"command = {worker}\nkeep_warm = true\n")
+        text.write(f"command = {worker}\nkeep_warm = true\nstay_seconds = 60\n")
 
 
 def _write_config(trial: Trial) -> None:

@@ -278,8 +278,9 @@ class WorkerConfig(Frozen):
     keep_warm: bool | None = None
     """Let the next worker wait with its imports done. Where not given, fedoap's own on one GPU does; a command that is
     to wait gets `-` as last argument, and the path as a line of standard input."""
-    stay_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """So long fedoap's own worker keeps its images and GPU after a job, for the next; 0 ends it with each job."""
+    stay_seconds: Annotated[float, Field(ge=0)] | None = None
+    """So long a worker that waited for its job stays for another, with its images and GPU; 0 ends it with each job.
+    Where not given, 60 for fedoap's own and 0 for a command, which otherwise prints `{"done": true}` after each job."""
 
 
 class SiteNetwork(Frozen):

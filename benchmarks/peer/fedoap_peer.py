@@ -83,7 +83,7 @@ def become_node(number: int) -> None:
     token = Path(f"{name}.token").read_text().strip()
     _run("fedoap_node", "join", token, "--home", str(HOME), "--data", "datalist.json")
     with (HOME / name / "site.toml").open("a") as text:
-        text.write(f"command = {json.dumps([sys.executable, str(STANDIN)])}\nkeep_warm = true\n")
+        text.write(f"command = {json.dumps([sys.executable, str(STANDIN)])}\nkeep_warm = true\nstay_seconds = 60\n")
     os.environ["STANDIN_FIRST"] = str(FIRST.absolute())
     daemon = ["-m", "fedoap_node", "--site", name, "--home", str(HOME), "--exit-when-finished"]
     os.execv(sys.executable, [sys.executable, *daemon])  # noqa: S606 - the harness watches this very process

@@ -1,6 +1,6 @@
 """A worker that does not train: it returns the model that it got plus a small constant, which its site's number fixes.
 
-    python standin.py JOB.json | -        with `-` it waits for the path as a line of standard input
+    python standin.py JOB.json | -        with `-` paths come as lines of standard input, and it says when a job is done
 
 `init` leaves the blob that $STANDIN_FIRST names; its manifest lies beside it under the same name and `.manifest`.
 It imports little and holds one tensor at a time, so that a benchmark measures the daemons.
@@ -82,6 +82,9 @@ def work(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    path = sys.stdin.readline().rstrip("\n") if sys.argv[1] == "-" else sys.argv[1]
-    if path:
-        work(json.loads(Path(path).read_bytes()))
+    waits = sys.argv[1] == "-"
+    for path in sys.stdin if waits else sys.argv[1:]:
+        work(json.loads(Path(path.rstrip("\n")).read_bytes()))
+        if waits:
+            sys.stdout.write('{"done": true}\n')
+            sys.stdout.flush()

@@ -3,7 +3,8 @@
 Importing PyTorch and MONAI takes seconds, a GPU's context and the images some more: nothing beside an hour
 of training and all of a short task. So fedoap's own worker stays for a while after a job, and a federation
 of many short rounds is done by one process a site. A worker that has not had a job yet touches no GPU;
-one that fails ends, and so does one that has waited for `worker.stay_seconds`.
+one that fails ends, and so does one that has waited for `worker.stay_seconds`. A command of one's own gets
+the end of its input behind its first job, unless that setting says that it stays too.
 """
 
 import sys
@@ -15,6 +16,8 @@ from fedoap_node.trainer import Trainer, worker_command
 
 ON_STANDARD_INPUT = "-"
 """In place of the job's path: it comes as a line of standard input."""
+STAY_SECONDS = 60.0
+"""Of fedoap's own worker, where nothing else is set."""
 
 
 def spare_command(worker: WorkerConfig) -> list[str] | None:
@@ -34,6 +37,8 @@ class Spare:
 
     def __init__(self, worker: WorkerConfig, log: Path) -> None:
         self._worker, self._log = worker, log
+        own = STAY_SECONDS if worker.command is None else 0.0
+        self._stay_seconds = own if worker.stay_seconds is None else worker.stay_seconds
         self._waiting: Trainer | None = None
         self._until: float | None = None
         """When a worker ends that waits for another job; a fresh one waits without end."""
@@ -54,7 +59,7 @@ class Spare:
         """
         waiting, self._waiting, self._until = self._waiting, None, None
         if waiting is not None:
-            if waiting.begin(job, last=not self._stays()):
+            if waiting.begin(job, last=self._stay_seconds == 0):
                 return waiting
             waiting.kill()
         return Trainer(worker_command(self._worker, job), job.parent, self._log)
@@ -62,14 +67,10 @@ class Spare:
     def keep(self, worker: Trainer) -> None:
         """Let a worker wait that has done its job."""
         self.close()
-        self._waiting, self._until = worker, time.monotonic() + self._worker.stay_seconds
+        self._waiting, self._until = worker, time.monotonic() + self._stay_seconds
 
     def close(self) -> None:
         """End the worker that waits, if one does."""
         waiting, self._waiting, self._until = self._waiting, None, None
         if waiting is not None:
             waiting.kill()
-
-    def _stays(self) -> bool:
-        # a command of one's own is promised the end of its input behind its job
-        return self._worker.command is None and self._worker.stay_seconds > 0

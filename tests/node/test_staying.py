@@ -114,14 +114,21 @@ def test_where_it_died_while_it_waited_a_fresh_one_does_the_job(
     another.kill()
 
 
-def test_zero_seconds_end_it_with_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spare_module, "spare_command", lambda _: [sys.executable, "-c", WORKER])
-    spare = Spare(WorkerConfig(stay_seconds=0), tmp_path / "worker.log")
-    spare.prepare()
+@pytest.mark.parametrize(("command", "seconds", "stays"), [(False, 0, False), (True, None, False), (True, 9, True)])
+def test_which_worker_stays(tmp_path: Path, *, command: bool, seconds: float | None, stays: bool) -> None:
+    """Planted bugs: a command that was promised the end of its input left without; 0 seconds taken for none given."""
+    words = (sys.executable, "-c", WORKER)
+    worker = WorkerConfig(command=words, keep_warm=True, stay_seconds=seconds)
+    spare = Spare(worker if command else WorkerConfig(stay_seconds=seconds), tmp_path / "worker.log")
+    spare._waiting = Trainer([*words, "-"], None, tmp_path / "worker.log")
 
     trainer = spare.take(tmp_path / "job.json")
+    done(trainer)
 
-    assert exit_code(trainer) == 0
+    if stays:
+        assert trainer.exit_code() is None
+    else:
+        assert exit_code(trainer) == 0
     trainer.kill()
 
 
