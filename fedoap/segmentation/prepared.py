@@ -85,13 +85,18 @@ def _prepare(case: Case, data: SiteData, plan: Plan) -> PreparedCase:
 def _key(case: Case, data: SiteData, plan: Plan) -> str:
     settings = data.model_dump(mode="json", include={"modality", "spacing_mm", "crop", "window", "channels"})
     shape = [plan.data.size, plan.network.dimensions, plan.network.in_channels]
-    files = [_identity(path) for path in case.images]
-    label = _identity(case.label) if case.label is not None else None
+    files = [file_states(path) for path in case.images]
+    label = file_states(case.label) if case.label is not None else None
     text = json.dumps([VERSION, settings, shape, files, label], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _identity(path: Path) -> list[tuple[str, int, int]]:
+def file_states(path: Path) -> list[tuple[str, int, int]]:
+    """Return path, size and time of a file, or of those in a folder: what tells it from a later one.
+
+    Raises:
+        DataError: it cannot be looked at.
+    """
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return [(str(file.absolute()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]

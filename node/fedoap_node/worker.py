@@ -153,7 +153,7 @@ class Workshop:
     def __init__(self, keeps: int = 2**30) -> None:
         self._keeps = keeps
         self._place: Workplace | None = None
-        self._of: tuple[object, ...] = ()
+        self._made_of: tuple[object, ...] = ()
 
     def carry_out(self, job: Job, report: "Report") -> None:
         """Leave the job's result in its output folder, `result.json` last.
@@ -161,46 +161,44 @@ class Workshop:
         Raises:
             FedoapError: what is wrong with job, data or disk.
         """
-        of = (job.site, job.plan, job.data, job.worker, job.cache, _state(job.data.datalist))
-        place = replace(self._place, report=report) if self._place and of == self._of else None
-        place = _carry_out(job, report, place)
-        self._place, self._of = (place, of) if place.ready.nbytes <= self._keeps else (None, ())
+        import torch
+
+        start = time.monotonic()
+        place = self._open(job, report)
+        try:
+            outcome = _outcome(job, place)
+        except torch.OutOfMemoryError:
+            text = "lower training.batch_size, data.patch, data.size or network.width"
+            raise TrainingError(f"site {job.site}: {job.kind} needs more GPU memory than there is; {text}") from None
+        if outcome is not None:
+            metrics = outcome.metrics | {"seconds": time.monotonic() - start}
+            _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._place = place if place.ready.nbytes <= self._keeps else None
+
+    def _open(self, job: Job, report: "Report") -> "Workplace":
+        """Return the place of the last job where nothing that it was made of has changed since, else a new one."""
+        import torch
+
+        from fedoap.segmentation.descent import Workplace
+
+        rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if job.worker.threads:
+            torch.set_num_threads(job.worker.threads)
+        if self._place is not None and self._made_of == _made_of(job, self._place):
+            return replace(self._place, report=report)
+        device = _device(job)
+        place = Workplace.open(job.site, job.plan, job.data, cache=job.cache, device=device, report=report)
+        self._made_of = _made_of(job, place)
+        return place.shared_out(rank, ranks)
 
 
-def _state(file: Path) -> tuple[int, int]:
-    """Return what tells a file from a later one of its name; that there is none shows where it is read."""
-    try:
-        found = file.stat()
-    except OSError:
-        return -1, -1
-    return found.st_mtime_ns, found.st_size
+def _made_of(job: Job, place: "Workplace") -> tuple[object, ...]:
+    from fedoap.segmentation.prepared import file_states
 
-
-def _carry_out(job: Job, report: "Report", place: "Workplace | None") -> "Workplace":
-    import torch
-
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if job.worker.threads:
-        torch.set_num_threads(job.worker.threads)
-    start = time.monotonic()
-    try:
-        place = place or _open(job, report).shared_out(rank, ranks)
-        outcome = _outcome(job, place)
-    except torch.OutOfMemoryError:
-        text = "lower training.batch_size, data.patch, data.size or network.width"
-        raise TrainingError(f"site {job.site}: {job.kind} needs more GPU memory than there is; {text}") from None
-    if outcome is not None:
-        metrics = outcome.metrics | {"seconds": time.monotonic() - start}
-        _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
-    if place.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return place
-
-
-def _open(job: Job, report: "Report") -> "Workplace":
-    from fedoap.segmentation.descent import Workplace
-
-    return Workplace.open(job.site, job.plan, job.data, cache=job.cache, device=_device(job), report=report)
+    files = [job.data.datalist, *(file for case in (*place.training, *place.validation) for file in case.files)]
+    return job.site, job.plan, job.data, job.worker, job.cache, *map(file_states, files)
 
 
 def _outcome(job: Job, place: "Workplace") -> Outcome | None:

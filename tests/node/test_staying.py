@@ -174,10 +174,10 @@ def counted(workshop: Workshop, job: Job, monkeypatch: pytest.MonkeyPatch) -> in
 
 
 def test_cases_are_read_once_while_list_and_plan_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted bugs: cases kept when the list was written anew; kept beyond what memory is allowed."""
+    """Planted bugs: cases kept when the list, or an image, was written anew; kept beyond what memory is allowed."""
     site, shop, small = Site(tmp_path), Workshop(), Workshop(keeps=1)
     start = site.do("init")
-    first, second, third = (site.job("train", 1, model=start, name=name) for name in ("x", "y", "z"))
+    first, second, third, fourth = (site.job("train", 1, model=start, name=name) for name in ("w", "x", "y", "z"))
 
     assert counted(shop, first, monkeypatch) > 0
     assert counted(shop, second, monkeypatch) == 0
@@ -186,5 +186,8 @@ def test_cases_are_read_once_while_list_and_plan_stay_the_same(tmp_path: Path, m
     second.data.datalist.write_text(json.dumps(content))
     assert counted(shop, third, monkeypatch) > 0
     assert result(third.output).cases == result(second.output).cases - 1
+    (image,) = (second.data.root or tmp_path).glob(content["training"][0]["image"])
+    os.utime(image, ns=(1, 1))
+    assert counted(shop, fourth, monkeypatch) > 0
     assert counted(small, second, monkeypatch) > 0
     assert counted(small, third, monkeypatch) > 0
