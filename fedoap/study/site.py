@@ -35,7 +35,7 @@ from fedoap_node.blobs import BlobStore
 from fedoap_node.files import share
 from fedoap_node.job import write_job
 from fedoap_node.results import Result, Results
-from fedoap_node.worker import Workshop
+from fedoap_node.workshop import Workshop
 
 KEPT_BYTES = 2**27
 """Of a site's prepared cases, which stay in memory from job to job: many sites share this process."""

@@ -17,7 +17,7 @@ from fedoap.segmentation.sitemodel import SiteModel
 from fedoap.simulation.layout import Layout
 from fedoap.study.figures import SiteRound
 from fedoap_node.job import RESULT, JobResult, write_local_job
-from fedoap_node.worker import Workshop
+from fedoap_node.workshop import Workshop
 
 NEW_SITE_EPOCHS = 2
 

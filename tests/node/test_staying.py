@@ -19,7 +19,7 @@ from fedoap_node import spare as spare_module
 from fedoap_node.job import Job, JobDone
 from fedoap_node.spare import Spare, spare_command
 from fedoap_node.trainer import Trainer
-from fedoap_node.worker import Workshop
+from fedoap_node.workshop import Workshop
 from tests.node.test_trainer import exit_code, is_gone
 from tests.node.test_worker import ENVIRONMENT, Site, files, result, tensors
 

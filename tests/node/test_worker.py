@@ -22,7 +22,8 @@ from fedoap.segmentation.modelfolder import load_model
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
 from fedoap_node.job import Job, JobKind, JobProgress, JobResult
 from fedoap_node.trainer import Trainer
-from fedoap_node.worker import Reporter, Workshop, main
+from fedoap_node.worker import Reporter, main
+from fedoap_node.workshop import Workshop
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 

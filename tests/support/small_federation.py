@@ -13,7 +13,7 @@ from fedoap.bank import BankKind, merge_bank
 from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
 from fedoap.tensors import BlobManifest, UploadManifest, read_blob
 from fedoap_node.job import Job, JobKind, JobResult
-from fedoap_node.worker import Workshop
+from fedoap_node.workshop import Workshop
 
 SITES = ("a", "b")
 Weights = dict[str, NDArray[np.generic]]
