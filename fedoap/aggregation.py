@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedoap.blobfile import SLICE_VALUES, BlobReader, BlobWriter, slices
+from fedoap.blobfile import SLICE_VALUES, BlobReader, BlobWriter, ByteSource, slices
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
 from fedoap.robust import median, outlier, trimmed_mean
-from fedoap.seal import SealedFile
 from fedoap.server import Average, Server, advance, first_moments
 from fedoap.strategies import server_of
 from fedoap.tensors import BlobManifest, Dtype, TensorSpec, UploadManifest
@@ -32,7 +31,7 @@ MATRIX_SLICES = 8
 
 
 def merge_models(
-    updates: Sequence[tuple[Path | SealedFile, UploadManifest]],
+    updates: Sequence[tuple[Path | ByteSource, UploadManifest]],
     base: tuple[Path, BlobManifest],
     strategy: StrategyConfig,
     output: Path,
@@ -147,7 +146,7 @@ def _weights_of(spec: TensorSpec) -> TensorSpec:
 
 
 def _check_updates(
-    updates: Sequence[tuple[Path | SealedFile, UploadManifest]], path: Path, base: Sequence[TensorSpec]
+    updates: Sequence[tuple[Path | ByteSource, UploadManifest]], path: Path, base: Sequence[TensorSpec]
 ) -> None:
     if not updates:
         raise TensorsError(f"{path}: no update to merge")

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedoap.errors import TensorsError
-from fedoap.seal import SealedFile
 from fedoap.tensors import (
     ITEM_BYTES,
     BlobManifest,
@@ -78,6 +77,14 @@ class BlobWriter:
             self._path.unlink(missing_ok=True)
 
 
+class ByteSource(Protocol):
+    """Bytes of a blob that are not simply those of a file: sealed ones, packed ones."""
+
+    def read(self, at: int, size: int) -> bytes:
+        """Return plain bytes [at, at + size)."""
+        ...
+
+
 class BlobReader:
     """A blob on disk that is read in pieces; no descriptor stays open, however many sites there are.
 
@@ -85,10 +92,10 @@ class BlobReader:
     so that pieces can begin where sealed chunks do, and each chunk is opened once.
     """
 
-    def __init__(self, path: Path | SealedFile, manifest: BlobManifest) -> None:
-        if isinstance(path, Path) and path.stat().st_size != manifest.size:
+    def __init__(self, path: Path | ByteSource, manifest: BlobManifest) -> None:
+        if isinstance(path, Path) and path.stat().st_size != manifest.plain_size:
             size = path.stat().st_size
-            raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.size}")
+            raise TensorsError(f"{path}: file has {size} bytes, but its manifest says {manifest.plain_size}")
         self._path, self._manifest = path, manifest
         self._runs = _runs(manifest)
 
@@ -123,16 +130,22 @@ class BlobReader:
             low, high = max(start, run.start), min(stop, run.stop)
             if low < high:
                 item = ITEM_BYTES[run.dtype]
-                yield self._bytes(run.at + (low - run.start) * item, (high - low) * item), run.dtype
+                yield read_piece(self._path, run.at + (low - run.start) * item, (high - low) * item), run.dtype
 
-    def _bytes(self, at: int, wanted: int) -> bytes:
-        if isinstance(self._path, SealedFile):
-            return self._path.read(at, wanted)
-        with self._path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), wanted, at)
-        if len(data) != wanted:
-            raise TensorsError(f"{self._path}: ends before byte {at + wanted}, but its size was right a moment ago")
-        return data
+
+def read_piece(path: Path | ByteSource, at: int, wanted: int) -> bytes:
+    """Return bytes [at, at + wanted) of a file, or of what stands for one.
+
+    Raises:
+        TensorsError: the file ends before.
+    """
+    if not isinstance(path, Path):
+        return path.read(at, wanted)
+    with path.open("rb", buffering=0) as file:
+        data = os.pread(file.fileno(), wanted, at)
+    if len(data) != wanted:
+        raise TensorsError(f"{path}: ends before byte {at + wanted}, but its size was right a moment ago")
+    return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +167,7 @@ def _runs(manifest: BlobManifest) -> list[_Run]:
     return runs
 
 
-def convert(path: Path | SealedFile, manifest: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
+def convert(path: Path | ByteSource, manifest: BlobManifest, output: Path, dtype: Dtype) -> BlobManifest:
     """Write a blob anew with its floats as `dtype` and return the new manifest; whole numbers stay as they are.
 
     Raises:

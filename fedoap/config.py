@@ -116,6 +116,8 @@ class WireConfig(Frozen):
     """How tensors travel."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    updates: Literal["plain", "packed"] = "plain"
+    """`packed`: as the compressed difference from the model that the round began with; nothing is lost by that."""
 
 
 class Plan(Frozen):

@@ -24,6 +24,8 @@ from fedoap.messages import CHUNK_BYTES
 
 MANIFEST_VERSION = 1
 HASH_BYTES = 32
+MOST_PACKED_BYTES = CHUNK_BYTES + CHUNK_BYTES // 256 + 64
+"""What zstd makes at most of a chunk that cannot be compressed."""
 WRITE_BACK_BYTES = 8 << 20
 """After so many bytes a file that is to be durable begins to go to the disk."""
 NO_KEY = bytes(32)
@@ -48,17 +50,31 @@ class TensorSpec:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a blob is packed as its difference from another, `base`: the bytes that each of its chunks takes."""
+
+    base: bytes
+    sizes: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class BlobManifest:
-    """What a blob holds, and the SHA-256 of each of its chunks."""
+    """What a blob holds, and the SHA-256 of each chunk of the bytes that travel: its own, or packed ones."""
 
     tensors: tuple[TensorSpec, ...]
     hashes: bytes
     chunk_bytes: int = CHUNK_BYTES
+    packing: Packing | None = None
 
     @cached_property
     def size(self) -> int:
-        """Bytes of the blob."""
+        """Bytes that travel and lie on a disk."""
+        return self.plain_size if self.packing is None else sum(self.packing.sizes)
+
+    @cached_property
+    def plain_size(self) -> int:
+        """Bytes of the tensors."""
         return sum(spec.size for spec in self.tensors)
 
     @cached_property
@@ -74,7 +90,9 @@ class BlobManifest:
     def pack(self) -> bytes:
         """Return the canonical bytes."""
         rows = [[spec.name, spec.dtype, list(spec.shape)] for spec in self.tensors]
-        return _pack({"v": MANIFEST_VERSION, "tensors": rows, "chunk": self.chunk_bytes, "sha256": self.hashes})
+        plain = {"v": MANIFEST_VERSION, "tensors": rows, "chunk": self.chunk_bytes, "sha256": self.hashes}
+        packed = {"base": self.packing.base, "sizes": list(self.packing.sizes)} if self.packing else {}
+        return _pack(plain | packed)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -84,8 +102,8 @@ class BlobManifest:
             TensorsError: it has another form, or its numbers do not fit each other.
         """
         match _unpack(data, "manifest"):
-            case {"v": 1, "tensors": list(rows), "chunk": int(chunk), "sha256": bytes(hashes), **rest} if not rest:
-                manifest = cls(tuple(_spec(row) for row in rows), hashes, chunk)
+            case {"v": 1, "tensors": list(rows), "chunk": int(chunk), "sha256": bytes(hashes), **rest}:
+                manifest = cls(tuple(_spec(row) for row in rows), hashes, chunk, _packing(rest))
             case _:
                 raise TensorsError("manifest: keys or types are not those of version 1")
         names = [spec.name for spec in manifest.tensors]
@@ -93,6 +111,9 @@ class BlobManifest:
             raise TensorsError("manifest: names must be sorted and occur once")
         if chunk != CHUNK_BYTES or len(hashes) != HASH_BYTES * -(-manifest.size // chunk):
             raise TensorsError(f"manifest: {len(hashes)} bytes of hashes do not fit {manifest.size} bytes of tensors")
+        if manifest.packing and len(manifest.packing.sizes) != -(-manifest.plain_size // chunk):
+            packed, size = len(manifest.packing.sizes), manifest.plain_size
+            raise TensorsError(f"manifest: {packed} packed chunks do not fit {size} bytes of tensors")
         return manifest
 
     def offsets(self) -> Iterator[tuple[TensorSpec, int]]:
@@ -256,6 +277,15 @@ def as_float32(raw: bytes | memoryview, dtype: Dtype) -> NDArray[np.float32]:
     return np.frombuffer(raw, "<f4")
 
 
+def first_not_finite(piece: memoryview, dtype: Dtype) -> int | None:
+    """Return the number of the first float that is not finite in a piece of a float32 or bfloat16 tensor's bytes."""
+    if dtype == "bfloat16":
+        finite = (np.frombuffer(piece, "<u2") & 0x7F80) != 0x7F80  # an exponent of ones: infinite or NaN
+    else:
+        finite = np.isfinite(np.frombuffer(piece, "<f4"))
+    return None if finite.all() else int(np.argmin(finite))
+
+
 class ChunkHashes:
     """The SHA-256 of each chunk of a blob whose bytes come by in order, in pieces of any length."""
 
@@ -369,6 +399,17 @@ def _raw_pieces(array: NDArray[np.generic], dtype: Dtype) -> Iterator[memoryview
             values = piece.astype("<f4", copy=False)
             raw = bfloat16_bits(values) if dtype == "bfloat16" else values
         yield np.ascontiguousarray(raw).view(np.uint8).data
+
+
+def _packing(rest: Mapping[object, object]) -> Packing | None:
+    match rest:
+        case {"base": bytes(base), "sizes": list(sizes), **more} if not more and len(base) == HASH_BYTES:
+            if all(type(size) is int and 0 < size <= MOST_PACKED_BYTES for size in sizes):
+                return Packing(base, tuple(sizes))
+            raise TensorsError(f"manifest: a packed chunk must have 1 to {MOST_PACKED_BYTES} bytes")
+        case _ if rest:
+            raise TensorsError("manifest: keys or types are not those of version 1")
+    return None
 
 
 def _spec(row: object) -> TensorSpec:

@@ -14,12 +14,10 @@ from bisect import bisect_right
 from itertools import groupby
 from typing import Literal, TypeAlias
 
-import numpy as np
-
 from fedoap.errors import RefusedError, SealError
 from fedoap.pace import FIRST_CHUNKS, Window
 from fedoap.seal import TAG_BYTES, Seal
-from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
+from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec, first_not_finite
 
 CHECKPOINT_CHUNKS = 32
 """After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
@@ -66,7 +64,7 @@ class FiniteScan:
         joined = memoryview(b"".join([self._carry, piece])) if self._carry else piece
         whole = len(joined) - len(joined) % item
         self._carry = bytes(joined[whole:])
-        index = _first_not_finite(joined[:whole], dtype)
+        index = first_not_finite(joined[:whole], dtype)
         return None if index is None else start + index * item
 
     def _name(self, byte: int) -> str:
@@ -94,7 +92,8 @@ class Receiver:
         self.blob, self._seal = blob, seal
         self.at = self.upto = at
         self.window = Window(blob.chunk_bytes, window_chunks)
-        self._scan = FiniteScan(blob, at, tail) if finite else None
+        # packed bytes are no floats: what they stand for is looked at where it is unpacked
+        self._scan = FiniteScan(blob, at, tail) if finite and blob.packing is None else None
 
     @property
     def is_complete(self) -> bool:
@@ -286,11 +285,3 @@ def _begun(runs: list[tuple[int, int, Dtype]], at: int) -> int:
 
 def _dtype(spec: TensorSpec) -> Dtype:
     return spec.dtype
-
-
-def _first_not_finite(piece: memoryview, dtype: Dtype) -> int | None:
-    if dtype == "float32":
-        finite = np.isfinite(np.frombuffer(piece, "<f4"))
-    else:
-        finite = (np.frombuffer(piece, "<u2") & 0x7F80) != 0x7F80  # an exponent of ones: infinite or NaN
-    return None if finite.all() else int(np.argmin(finite))

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from fedoap.errors import TensorsError
 from fedoap.messages import CHUNK_BYTES
 from fedoap.tensors import (
+    MOST_PACKED_BYTES,
     BlobManifest,
+    Packing,
     TaskManifest,
     TensorSpec,
     UploadManifest,
@@ -38,7 +40,10 @@ def manifests(draw: st.DrawFn) -> BlobManifest:
     specs = draw(st.lists(SPECS, max_size=5, unique_by=lambda spec: spec.name))
     ordered = tuple(sorted(specs, key=lambda spec: spec.name))
     chunks = -(-sum(spec.size for spec in ordered) // CHUNK_BYTES)
-    return BlobManifest(ordered, HASH * chunks)
+    if not draw(st.booleans()):
+        return BlobManifest(ordered, HASH * chunks)
+    sizes = draw(st.lists(st.integers(1, MOST_PACKED_BYTES), min_size=chunks, max_size=chunks))
+    return BlobManifest(ordered, HASH * -(-sum(sizes) // CHUNK_BYTES), packing=Packing(HASH, tuple(sizes)))
 
 
 TASKS = st.builds(
@@ -143,6 +148,14 @@ def _packed(**changes: object) -> bytes:
         ({"sha256": HASH[:31]}, "31 bytes of hashes do not fit 16 bytes"),
         ({"sha256": HASH * 2}, "64 bytes of hashes do not fit 16 bytes"),
         ({"chunk": 512}, "do not fit"),
+        ({"base": HASH}, "keys or types are not those of version 1"),
+        ({"base": HASH[:31], "sizes": [16]}, "keys or types are not those of version 1"),
+        ({"base": HASH, "sizes": [16], "more": 1}, "keys or types are not those of version 1"),
+        ({"base": HASH, "sizes": [0]}, "a packed chunk must have 1 to 1052736 bytes"),
+        ({"base": HASH, "sizes": [True]}, "a packed chunk must have 1 to 1052736 bytes"),
+        ({"base": HASH, "sizes": [1052737]}, "a packed chunk must have 1 to 1052736 bytes"),
+        ({"base": HASH, "sizes": [16, 16]}, "2 packed chunks do not fit 16 bytes of tensors"),
+        ({"base": HASH, "sizes": []}, "32 bytes of hashes do not fit 0 bytes"),
     ],
 )
 def test_a_manifest_whose_parts_do_not_fit_is_refused(changes: dict[str, object], reason: str) -> None:

@@ -17,11 +17,12 @@ from pydantic import ValidationError
 
 from fedoap.aggregation import merge_models, published
 from fedoap.bank import merge_bank
-from fedoap.blobfile import convert
+from fedoap.blobfile import ByteSource, convert
 from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.fields import Frozen
 from fedoap.heap import keep_freed_memory
+from fedoap.packing import PackedUpdate
 from fedoap.seal import SealedFile
 from fedoap.server import first_moments
 from fedoap.strategies import server_of
@@ -59,6 +60,8 @@ class MergeJob(Frozen):
     updates: tuple[MergeUpdate, ...]
     model: MergeBase | None = None
     """The float32 weights that the sites started from, and the server optimizer's moments if there are any."""
+    sent: MergeBase | None = None
+    """The same weights as they were published, which packed updates are packed against."""
     bank: MergeBase | None = None
     output: Path
 
@@ -95,9 +98,10 @@ def merge(job: MergeJob, secret: bytes | None) -> MergeResult:
             exact = convert(source, first.blob, master, "float32")
             return MergeResult(blob=first.blob.pack().hex(), master=exact.pack().hex())
         case "train" if job.model:
+            models = [(_unpacked(path, of, job), of) for path, of in updates]
             if job.plan.wire.dtype == "float32" and not first_moments(server_of(job.plan.strategy)):
-                return MergeResult(blob=merge_models(updates, job.model.pair, job.plan.strategy, blob).pack().hex())
-            exact = merge_models(updates, job.model.pair, job.plan.strategy, master)
+                return MergeResult(blob=merge_models(models, job.model.pair, job.plan.strategy, blob).pack().hex())
+            exact = merge_models(models, job.model.pair, job.plan.strategy, master)
             sent = published(master, exact, blob, job.plan.wire.dtype)
             return MergeResult(blob=sent.pack().hex(), master=exact.pack().hex())
         case _:
@@ -106,6 +110,14 @@ def merge(job: MergeJob, secret: bytes | None) -> MergeResult:
 
 def _opened(path: Path, upload: UploadManifest, secret: bytes | None) -> Path | SealedFile:
     return path if secret is None else SealedFile(path, upload, secret)
+
+
+def _unpacked(path: Path | SealedFile, upload: UploadManifest, job: MergeJob) -> Path | ByteSource:
+    if upload.blob.packing is None:
+        return path
+    if job.sent is None:
+        raise StorageError(f"aggregation: {job.kind} has packed updates, but no model that they are packed against")
+    return PackedUpdate(path, upload, job.sent.pair)
 
 
 def main(path: Path, secret: bytes) -> None:

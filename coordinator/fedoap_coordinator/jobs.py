@@ -21,6 +21,7 @@ def merge_job(task: TaskManifest, uploads: Iterable[UploadManifest], plan: Plan,
         plan=plan,
         updates=tuple(stored_upload(state, one) for one in uploads),
         model=MergeBase(files=_original(state, task.model)) if task.model else None,
+        sent=MergeBase(files=blob_files(state, task.model.id)) if task.model else None,
         bank=MergeBase(files=blob_files(state, task.bank.id)) if task.bank else None,
         output=output,
     )

@@ -39,7 +39,8 @@ def check_result(upload: UploadManifest, task: TaskManifest, plan: Plan, schema:
     """Return if the upload holds what its task asks for.
 
     Raises:
-        RefusedError: it stands for no case, or its table of tensors is another; the first difference is named.
+        RefusedError: it stands for no case, its table of tensors is another (the first difference is named), or
+            it is not packed as the plan says.
     """
     if upload.cases == 0 and task.kind in WEIGHED_KINDS:
         raise RefusedError("cases", f"result of site {upload.site} stands for 0 cases, but at least 1 is needed")
@@ -51,6 +52,16 @@ def check_result(upload: UploadManifest, task: TaskManifest, plan: Plan, schema:
             raise RefusedError("schema", f"tensor {name} is not one of those that {task.kind} returns")
         if given[name] != wanted[name]:
             raise RefusedError("schema", f"tensor {name} is {_show(given[name])}, but must be {_show(wanted[name])}")
+    _check_packing(upload, task, plan)
+
+
+def _check_packing(upload: UploadManifest, task: TaskManifest, plan: Plan) -> None:
+    packing, packs = upload.blob.packing, task.kind == "train" and plan.wire.updates == "packed"
+    if (packing is not None) != packs:
+        must = "is not packed, but wire.updates says so" if packs else "is packed, but nothing says so"
+        raise RefusedError("schema", f"result of {task.kind} {must}")
+    if packing is not None and (task.model is None or packing.base != task.model.id):
+        raise RefusedError("schema", "result is packed against another model than its task's")
 
 
 def _wanted(upload: UploadManifest, kind: TaskKind, plan: Plan, schema: tuple[TensorSpec, ...] | None) -> Table:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from fedoap.config import BlobFiles, ModelRecord
 from fedoap.errors import TensorsError, TrainingError
 from fedoap.identity import sync_folder, write_private
+from fedoap.packing import pack_blob
 from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
 from fedoap.spares import Spares
@@ -23,6 +24,8 @@ from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, share, sync_tree, write_durably
 from fedoap_node.job import JOB, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
 
+PACKED_BLOB, PACKED_MANIFEST = "packed.blob", "packed.manifest"
+"""What travels in the update's place where the plan has updates packed."""
 SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
 PERSONAL_PREFIX = "personal."
@@ -76,8 +79,10 @@ class Results:
 
         Raises:
             TrainingError: the result is missing, does not fit its manifest or names personal tensors.
+        TensorsError: it is to be packed, but its tensors are not those of the model that it was made from.
         """
         _read(output)
+        _pack(output)
         if self._durable:
             sync_tree(output)
         folder = self._work / work.hex()
@@ -173,17 +178,29 @@ class Results:
         return sorted(path for path in self._personal.iterdir() if path.name.isdecimal())
 
 
+def _pack(folder: Path) -> None:
+    job = Job.model_validate_json((folder / JOB).read_bytes())
+    if job.kind == "train" and job.model is not None and job.plan.wire.updates == "packed":
+        update, base = (
+            BlobManifest.unpack(path.read_bytes()) for path in (folder / UPDATE_MANIFEST, job.model.manifest)
+        )
+        packed = pack_blob(folder / UPDATE_BLOB, update, job.model.blob, base, folder / PACKED_BLOB)
+        (folder / PACKED_MANIFEST).write_bytes(packed.pack())
+
+
 def _read(folder: Path) -> Result:
     try:
         said = JobResult.model_validate_json((folder / RESULT).read_bytes())
-        packed = folder / UPDATE_MANIFEST
-        blob = BlobManifest.unpack(packed.read_bytes()) if packed.is_file() else BlobManifest((), b"")
-        size = (folder / UPDATE_BLOB).stat().st_size if blob.size else 0
+        is_packed = (folder / PACKED_MANIFEST).is_file()
+        path, packed = (PACKED_BLOB, PACKED_MANIFEST) if is_packed else (UPDATE_BLOB, UPDATE_MANIFEST)
+        there = (folder / packed).is_file()
+        blob = BlobManifest.unpack((folder / packed).read_bytes()) if there else BlobManifest((), b"")
+        size = (folder / path).stat().st_size if blob.size else 0
     except (OSError, ValidationError, TensorsError) as error:
         raise TrainingError(f"worker: left no usable result: {str(error).splitlines()[0]}") from None
     if size != blob.size:
-        raise TrainingError(f"worker: {UPDATE_BLOB} has {size} bytes, but its manifest says {blob.size}")
+        raise TrainingError(f"worker: {path} has {size} bytes, but its manifest says {blob.size}")
     personal = [spec.name for spec in blob.tensors if spec.name.startswith(PERSONAL_PREFIX)]
     if personal:
         raise TrainingError(f"worker: update names {personal[0]}, but personal tensors never leave a site")
-    return Result(said.cases, tuple(sorted(said.metrics.items())), blob, folder / UPDATE_BLOB)
+    return Result(said.cases, tuple(sorted(said.metrics.items())), blob, folder / path)

@@ -88,9 +88,11 @@ def flipped(value: Value, rng: random.Random) -> Value:
             raise AssertionError("nothing to flip")
 
 
+@pytest.mark.parametrize("updates", ["plain", "packed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sound_run_is_verified_to_the_last_bit(tmp_path: Path, dtype: Dtype) -> None:
-    run_federation(config_of(tmp_path, dtype))
+def test_a_sound_run_is_verified_to_the_last_bit(tmp_path: Path, dtype: Dtype, updates: str) -> None:
+    """Planted bug: unpacked against the float32 original of a model that was rounded when it was published."""
+    run_federation(config_of(tmp_path, dtype, updates=updates))
 
     assert [(one.title, one.finding) for one in verdicts(tmp_path)[1:]] == [
         ("first weights, attempt 1", "verified"),

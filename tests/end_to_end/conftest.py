@@ -50,6 +50,9 @@ size = [8, 8]
 [bank]
 slots = 4
 min_patients = 1
+
+[wire]
+updates = "{updates}"
 """
 
 
@@ -62,6 +65,7 @@ class Federation:
     quorum: int = 3
     attention: str = "off"
     silence: float = 30.0
+    updates: str = "plain"
     environment: dict[str, str] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -70,7 +74,7 @@ class Federation:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         numbers = {"port": self.port, "rounds": self.rounds, "quorum": self.quorum, "silence": self.silence}
-        text = CONFIG.format(sites=json.dumps(SITES), attention=self.attention, **numbers)
+        text = CONFIG.format(sites=json.dumps(SITES), attention=self.attention, updates=self.updates, **numbers)
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "gate").mkdir()
         (self.root / "datalist.json").write_text("{}")

@@ -14,7 +14,7 @@ import pytest
 from fedoap.config import ModelRecord
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import Federation
+    from tests.end_to_end.conftest import Federation, Row
 
 pytestmark = pytest.mark.slow
 FIRST = np.random.default_rng(7).integers(-64, 64, (300, 1000)) / 8
@@ -36,6 +36,29 @@ def test_three_sites_finish_and_the_model_is_the_mean_worked_out_by_hand(
     assert (record.round, record.bank is not None) == (3, True)
     assert record.personal is not None
     assert (record.personal / "count.txt").read_text() == "2.0"
+
+
+def test_packed_updates_make_the_very_same_weights_with_fewer_bytes(federate: "Callable[..., Federation]") -> None:
+    """Planted bug: a change that is taken from what the site trained last, not from the round's model."""
+    rough = {"FEDOAP_TEST_ROUGH": "1"}
+    plain, packed = federate(environment=rough), federate(environment=rough, updates="packed")
+    for federation in (plain, packed):
+        federation.start_all()
+    for federation in (plain, packed):
+        federation.finish()
+
+    for name, values in plain.weights().items():
+        assert values.tobytes() == packed.weights()[name].tobytes()
+    assert sent(packed) < 0.9 * sent(plain)
+
+
+def sent(federation: "Federation") -> int:
+    """Return how many bytes the sites sent to be trained with."""
+    return sum(int(row["bytes"]) for row in federation.log("coordinator") if _is_trained(row))
+
+
+def _is_trained(row: "Row") -> bool:
+    return (row["event"], row.get("kind")) == ("site_committed", "train")
 
 
 def test_a_round_closes_without_a_node_that_was_killed_and_the_node_goes_on_when_it_is_back(

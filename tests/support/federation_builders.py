@@ -46,6 +46,7 @@ def config(
     dtype: str = "float32",
     attempts: int = 5,
     uploads_at_once: int = 2,
+    updates: str = "plain",
 ) -> FederationConfig:
     """A federation whose network is as small as can be: 8 channels at the bottleneck, 4 slots in the bank."""
     return FederationConfig.model_validate(
@@ -57,7 +58,7 @@ def config(
             "network": {"width": 4, "depth": 1, "attention": "joint" if has_bank else "off"},
             "bank": {"slots": 4},
             "data": {"size": (8, 8)},
-            "wire": {"dtype": dtype},
+            "wire": {"dtype": dtype, "updates": updates},
         }
     )
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from fedoap.config import FederationConfig
 from fedoap.identity import TASK_CONTEXT, UPLOAD_CONTEXT, KeyPair, Member, curve_keys, sign, signing_keys
 from fedoap.messages import CHUNK_BYTES
+from fedoap.packing import pack_blob
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
 from fedoap.seal import Seal, public_half, sealed_at
 from fedoap.tensors import BlobManifest, Dtype, TaskKind, TaskManifest, UploadManifest, write_blob
 from fedoap_coordinator.aggregator import BLOB, MASTER, merge
-from fedoap_coordinator.blobs import Blobs
+from fedoap_coordinator.blobs import Blobs, blob_files
 from fedoap_coordinator.folder import Keys, open_ledger, prepare
 from fedoap_coordinator.jobs import merge_job
 from fedoap_coordinator.ledger import Ledger
@@ -30,7 +31,9 @@ VALUES = 300_000
 """Of the model: two chunks as float32."""
 
 
-def config_of(state: Path, dtype: Dtype = "bfloat16", upload_rounds: int = 99) -> FederationConfig:
+def config_of(
+    state: Path, dtype: Dtype = "bfloat16", upload_rounds: int = 99, updates: str = "plain"
+) -> FederationConfig:
     return FederationConfig.model_validate(
         {
             "federation": "demo",
@@ -42,7 +45,7 @@ def config_of(state: Path, dtype: Dtype = "bfloat16", upload_rounds: int = 99) -
             "data": {"size": [8, 8]},
             "bank": {"slots": 4, "min_patients": 1},
             "strategy": {"weighting": "cases", "server_learning_rate": 0.7},
-            "wire": {"dtype": dtype},
+            "wire": {"dtype": dtype, "updates": updates},
         }
     )
 
@@ -99,9 +102,10 @@ class Ran:
 
     def upload(self, task: bytes, kind: TaskKind, site: str) -> UploadManifest:
         source = self.state / "made"
-        blob = write_blob(
-            source, self.tensors(kind), self.config.wire.dtype if kind in ("init", "train") else "float32"
-        )
+        dtype = self.config.wire.dtype if kind in ("init", "train") else "float32"
+        blob = write_blob(source, self.tensors(kind), dtype)
+        if kind == "train" and self.config.wire.updates == "packed":
+            source, blob = self._packed(source, blob)
         upload = UploadManifest(task, site, 3 + SITES.index(site), (("loss", 0.5),), blob, public_half(UPLOAD))
         packed = upload.pack()
         name = hashlib.sha256(packed).digest()
@@ -113,6 +117,12 @@ class Ran:
         self.store.apply(FinishPart(name, blob, upload, site, signature))
         source.unlink()
         return upload
+
+    def _packed(self, source: Path, blob: BlobManifest) -> tuple[Path, BlobManifest]:
+        model = self.store.history().model
+        assert model is not None
+        packed = source.with_name("packed")
+        return packed, pack_blob(source, blob, blob_files(self.state, model.id).blob, model, packed)
 
     def tensors(self, kind: TaskKind) -> dict[str, NDArray[np.generic]]:
         match kind:

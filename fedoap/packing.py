@@ -1,0 +1,148 @@
+"""Lossless packing of an update as its difference from the model that its round began with.
+
+A short round moves a weight in its last bits only. So each weight's bits are taken as a whole number, the
+model's are subtracted, modulo 2^32 or 2^16, and the sign goes to the lowest bit; then the first byte of all
+differences comes first, then the second of all, and zstd finds the high ones to be nearly all zero. The
+difference wins over XOR, which a carry fills with ones (measured: docs/performance.md).
+
+Each chunk of the plain blob is packed by itself, so a merge still reads any slice in bounded memory. What is
+packed is what travels, is hashed, sealed and stored; it is unpacked where it is merged and nowhere before.
+"""
+
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from fedoap.blobfile import BlobReader, ByteSource, read_piece
+from fedoap.errors import TensorsError, UpdateError
+from fedoap.messages import CHUNK_BYTES
+from fedoap.tensors import (
+    ITEM_BYTES,
+    BlobManifest,
+    ChunkHashes,
+    Dtype,
+    Packing,
+    UploadManifest,
+    first_not_finite,
+    open_to_overwrite,
+    write_all,
+)
+
+LEVEL = 1
+"""Of zstd; higher ones gain less than one part in a hundred here."""
+
+
+def pack_blob(
+    plain: Path, manifest: BlobManifest, base: Path, base_manifest: BlobManifest, output: Path
+) -> BlobManifest:
+    """Write a blob packed as its difference from another of the same table, and return the manifest of what travels.
+
+    Raises:
+        TensorsError: the tables differ, the dtypes are not one dtype of floats, or a file does not fit its manifest.
+    """
+    if manifest.tensors != base_manifest.tensors:
+        raise TensorsError(f"{plain}: cannot be packed, as its tensors are not those of {base}")
+    source, old = BlobReader(plain, manifest), BlobReader(base, base_manifest)
+    dtype, item = _dtype(manifest), _item(manifest)
+    packer, hashes, sizes = zstandard.ZstdCompressor(level=LEVEL), ChunkHashes(), list[int]()
+    with open_to_overwrite(output) as file:
+        for start in range(0, source.values, CHUNK_BYTES // item):
+            stop = min(start + CHUNK_BYTES // item, source.values)
+            packed = packer.compress(_difference(source.raw(start, stop), old.raw(start, stop), dtype))
+            sizes.append(len(packed))
+            hashes.add(packed)
+            write_all(file, packed)
+        file.truncate(sum(sizes))
+    return BlobManifest(manifest.tensors, hashes.all(), packing=Packing(base_manifest.id, tuple(sizes)))
+
+
+class PackedUpdate:
+    """A site's packed update, read as the plain blob that it stands for; each piece is checked as it is unpacked.
+
+    Args:
+        packed: Where its packed bytes are.
+        upload: Whose it is, and what it holds.
+        base: File and manifest of the blob that it is packed against.
+
+    Raises:
+        UpdateError: it is packed against another blob, or one that does not fit.
+    """
+
+    def __init__(self, packed: Path | ByteSource, upload: UploadManifest, base: tuple[Path, BlobManifest]) -> None:
+        packing, (path, model) = upload.blob.packing, base
+        assert packing is not None, "what is not packed is read as it is"
+        if packing.base != model.id or upload.blob.tensors != model.tensors:
+            raise UpdateError(upload.site, "its update is packed against another model than its round's")
+        self._packed, self._site, self._blob = packed, upload.site, upload.blob
+        self._base, self._dtype, self._item = BlobReader(path, model), _dtype(model), _item(model)
+        self._ends = list(accumulate(packing.sizes))
+        self._unpacker = zstandard.ZstdDecompressor()
+
+    def read(self, at: int, size: int) -> bytes:
+        """Return plain bytes [at, at + size).
+
+        Raises:
+            UpdateError: a chunk does not unpack, or holds a number that is not finite.
+        """
+        end, first = at + size, at - at % CHUNK_BYTES
+        plain = b"".join(self._chunk(start) for start in range(first, end, CHUNK_BYTES))
+        return plain if at == first and len(plain) == size else plain[at - first : end - first]
+
+    def _chunk(self, at: int) -> bytes:
+        end, number = min(at + CHUNK_BYTES, self._blob.plain_size), at // CHUNK_BYTES
+        before = self._ends[number - 1] if number else 0
+        packed = read_piece(self._packed, before, self._ends[number] - before)
+        start, stop = at // self._item, end // self._item
+        plain = _sum(self._unpack(packed, at, end - at), self._base.raw(start, stop), self._dtype)
+        bad = first_not_finite(memoryview(plain), self._dtype)
+        if bad is not None:
+            name = self._base.name(start + bad)
+            raise UpdateError(self._site, f"tensor {name} of its update holds a number that is not finite")
+        return plain
+
+    def _unpack(self, packed: bytes, at: int, size: int) -> bytes:
+        """Return so many bytes; a frame that claims more is not opened, as it might not fit into memory."""
+        try:
+            if zstandard.frame_content_size(packed) == size:
+                unpacked = self._unpacker.decompress(packed, allow_extra_data=False)
+                if len(unpacked) == size:
+                    return unpacked
+        except zstandard.ZstdError:
+            pass
+        raise UpdateError(self._site, f"packed chunk at byte {at} of its update does not unpack to {size} bytes")
+
+
+def _dtype(manifest: BlobManifest) -> Dtype:
+    kinds = {spec.dtype for spec in manifest.tensors}
+    match sorted(kinds):
+        case ["float32" | "bfloat16" as dtype]:
+            return dtype
+    raise TensorsError(f"only tensors of one dtype of floats can be packed, but there are {sorted(kinds)}")
+
+
+def _item(manifest: BlobManifest) -> int:
+    return ITEM_BYTES[_dtype(manifest)]
+
+
+def _difference(new: bytes, old: bytes, dtype: Dtype) -> bytes:
+    """Return the differences of two runs of floats' bits, the sign in the lowest bit, all first bytes first."""
+    change = _bits(new, dtype) - _bits(old, dtype)
+    signed = change.view(f"<i{change.itemsize}")
+    folded = (signed << 1) ^ (signed >> (8 * change.itemsize - 1))
+    return folded.view(np.uint8).reshape(-1, change.itemsize).T.tobytes()
+
+
+def _sum(difference: bytes, old: bytes, dtype: Dtype) -> bytes:
+    """Return the bits that have this difference from the old ones."""
+    before = _bits(old, dtype)
+    columns = np.frombuffer(difference, np.uint8).reshape(before.itemsize, -1)
+    folded = np.ascontiguousarray(columns.T).view(before.dtype).ravel()
+    sign = np.negative(folded & 1)
+    return bytes((before + ((folded >> 1) ^ sign)).data)
+
+
+def _bits(raw: bytes, dtype: Dtype) -> NDArray[np.unsignedinteger]:
+    return np.frombuffer(raw, f"<u{ITEM_BYTES[dtype]}")
