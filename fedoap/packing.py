@@ -32,7 +32,9 @@ from fedoap.tensors import (
 )
 
 LEVEL = 1
-"""Of zstd; higher ones gain less than one part in a hundred here."""
+"""Of zstd."""
+MOST_KEPT = 64
+"""So many updates at most keep the chunk unpacked last, for a merge whose slices are shorter than chunks."""
 
 
 def pack_blob(
@@ -41,17 +43,24 @@ def pack_blob(
     """Write a blob packed as its difference from another of the same table, and return the manifest of what travels.
 
     Raises:
-        TensorsError: the tables differ, the dtypes are not one dtype of floats, or a file does not fit its manifest.
+        TensorsError: the tables differ, the dtypes are not one dtype of floats, a number is not finite, or a file
+            does not fit its manifest.
+        OSError: the disk refuses.
     """
     if manifest.tensors != base_manifest.tensors:
         raise TensorsError(f"{plain}: cannot be packed, as its tensors are not those of {base}")
     source, old = BlobReader(plain, manifest), BlobReader(base, base_manifest)
-    dtype, item = _dtype(manifest), _item(manifest)
+    dtype = _dtype(manifest)
+    step = CHUNK_BYTES // ITEM_BYTES[dtype]
     packer, hashes, sizes = zstandard.ZstdCompressor(level=LEVEL), ChunkHashes(), list[int]()
     with open_to_overwrite(output) as file:
-        for start in range(0, source.values, CHUNK_BYTES // item):
-            stop = min(start + CHUNK_BYTES // item, source.values)
-            packed = packer.compress(_difference(source.raw(start, stop), old.raw(start, stop), dtype))
+        for start in range(0, source.values, step):
+            stop = min(start + step, source.values)
+            raw = source.raw(start, stop)
+            bad = first_not_finite(memoryview(raw), dtype)
+            if bad is not None:
+                raise TensorsError(f"tensor {source.name(start + bad)} holds a number that is not finite")
+            packed = packer.compress(_difference(raw, old.raw(start, stop), dtype))
             sizes.append(len(packed))
             hashes.add(packed)
             write_all(file, packed)
@@ -66,20 +75,25 @@ class PackedUpdate:
         packed: Where its packed bytes are.
         upload: Whose it is, and what it holds.
         base: File and manifest of the blob that it is packed against.
+        keeps: Whether the chunk unpacked last stays in memory: pieces are read in order, and may be shorter.
 
     Raises:
         UpdateError: it is packed against another blob, or one that does not fit.
     """
 
-    def __init__(self, packed: Path | ByteSource, upload: UploadManifest, base: tuple[Path, BlobManifest]) -> None:
+    def __init__(
+        self, packed: Path | ByteSource, upload: UploadManifest, base: tuple[Path, BlobManifest], *, keeps: bool = True
+    ) -> None:
         packing, (path, model) = upload.blob.packing, base
         assert packing is not None, "what is not packed is read as it is"
         if packing.base != model.id or upload.blob.tensors != model.tensors:
-            raise UpdateError(upload.site, "its update is packed against another model than its round's")
+            against = f"{packing.base.hex()[:12]}, but its round's model is {model.id.hex()[:12]}, or of another table"
+            raise UpdateError(upload.site, f"its update is packed against model {against}")
         self._packed, self._site, self._blob = packed, upload.site, upload.blob
-        self._base, self._dtype, self._item = BlobReader(path, model), _dtype(model), _item(model)
+        self._base, self._dtype = BlobReader(path, model), _dtype(model)
         self._ends = list(accumulate(packing.sizes))
         self._unpacker = zstandard.ZstdDecompressor()
+        self._keeps, self._last = keeps, (-1, b"")
 
     def read(self, at: int, size: int) -> bytes:
         """Return plain bytes [at, at + size).
@@ -88,14 +102,23 @@ class PackedUpdate:
             UpdateError: a chunk does not unpack, or holds a number that is not finite.
         """
         end, first = at + size, at - at % CHUNK_BYTES
-        plain = b"".join(self._chunk(start) for start in range(first, end, CHUNK_BYTES))
+        plain = b"".join(map(self._chunk, range(first, end, CHUNK_BYTES)))
         return plain if at == first and len(plain) == size else plain[at - first : end - first]
 
     def _chunk(self, at: int) -> bytes:
+        if self._last[0] == at:
+            return self._last[1]
+        plain = self._unpacked(at)
+        if self._keeps:
+            self._last = at, plain
+        return plain
+
+    def _unpacked(self, at: int) -> bytes:
         end, number = min(at + CHUNK_BYTES, self._blob.plain_size), at // CHUNK_BYTES
         before = self._ends[number - 1] if number else 0
         packed = read_piece(self._packed, before, self._ends[number] - before)
-        start, stop = at // self._item, end // self._item
+        item = ITEM_BYTES[self._dtype]
+        start, stop = at // item, end // item
         plain = _sum(self._unpack(packed, at, end - at), self._base.raw(start, stop), self._dtype)
         bad = first_not_finite(memoryview(plain), self._dtype)
         if bad is not None:
@@ -121,10 +144,6 @@ def _dtype(manifest: BlobManifest) -> Dtype:
         case ["float32" | "bfloat16" as dtype]:
             return dtype
     raise TensorsError(f"only tensors of one dtype of floats can be packed, but there are {sorted(kinds)}")
-
-
-def _item(manifest: BlobManifest) -> int:
-    return ITEM_BYTES[_dtype(manifest)]
 
 
 def _difference(new: bytes, old: bytes, dtype: Dtype) -> bytes:

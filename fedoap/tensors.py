@@ -110,7 +110,8 @@ class BlobManifest:
         if names != sorted(set(names)):
             raise TensorsError("manifest: names must be sorted and occur once")
         if chunk != CHUNK_BYTES or len(hashes) != HASH_BYTES * -(-manifest.size // chunk):
-            raise TensorsError(f"manifest: {len(hashes)} bytes of hashes do not fit {manifest.size} bytes of tensors")
+            what = "packed tensors" if manifest.packing else "tensors"
+            raise TensorsError(f"manifest: {len(hashes)} bytes of hashes do not fit {manifest.size} bytes of {what}")
         if manifest.packing and len(manifest.packing.sizes) != -(-manifest.plain_size // chunk):
             packed, size = len(manifest.packing.sizes), manifest.plain_size
             raise TensorsError(f"manifest: {packed} packed chunks do not fit {size} bytes of tensors")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedoap import packing
 from fedoap.aggregation import merge_models
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
@@ -105,19 +106,52 @@ def test_a_number_that_is_not_finite_is_named_with_its_tensor_and_site(tmp_path:
     """Planted bug: only the first chunk is looked at."""
     values = noise(0)
     values[-1] = value
-    path, update = packed(tmp_path, written(tmp_path / "new", values), old)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "first_not_finite", lambda *_: None)  # a site that does not look
+        path, update = packed(tmp_path, written(tmp_path / "new", values), old)
 
     with pytest.raises(UpdateError, match="site hospital_a: tensor b of its update holds a number that is not finite"):
         merge_models([(PackedUpdate(path, update, old), update)], old, StrategyConfig(), tmp_path / "merged")
 
 
+def test_a_number_that_is_not_finite_is_not_packed(tmp_path: Path, old: Blob) -> None:
+    """Planted bug: only the first chunk is looked at."""
+    values = noise(0)
+    values[-1] = np.nan
+
+    with pytest.raises(TensorsError, match="tensor b holds a number that is not finite"):
+        packed(tmp_path, written(tmp_path / "new", values), old)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_chunk_is_unpacked_once_in_a_merge_whose_slices_are_short(
+    tmp_path: Path, dtype: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: the chunk unpacked last is not kept."""
+    sites = 12
+    old, new = (written(tmp_path / name, noise(seed, 3 * VALUES), dtype) for seed, name in enumerate(("old", "new")))
+    path, update = packed(tmp_path, new, old)
+    unpacked, really_unpack = list[int](), PackedUpdate._unpacked
+
+    def count(self: PackedUpdate, at: int) -> bytes:
+        unpacked.append(at)
+        return really_unpack(self, at)
+
+    monkeypatch.setattr(PackedUpdate, "_unpacked", count)
+    updates = [replace(update, site=f"hospital_{number:02}") for number in range(sites)]
+    sources = [(PackedUpdate(path, one, old), one) for one in updates]
+    merge_models(sources, old, StrategyConfig(rule="median"), tmp_path / "merged")
+
+    assert len(unpacked) == sites * -(-new[1].size // CHUNK_BYTES)
+
+
 def spoilt(update: UploadManifest, path: Path, frame: bytes) -> UploadManifest:
     """Put another frame in the first chunk's place."""
-    packing = update.blob.packing
-    assert packing is not None
-    path.write_bytes(frame + path.read_bytes()[packing.sizes[0] :])
-    sizes = (len(frame), *packing.sizes[1:])
-    return replace(update, blob=replace(update.blob, packing=Packing(packing.base, sizes)))
+    before = update.blob.packing
+    assert before is not None
+    path.write_bytes(frame + path.read_bytes()[before.sizes[0] :])
+    after = Packing(before.base, (len(frame), *before.sizes[1:]))
+    return replace(update, blob=replace(update.blob, packing=after))
 
 
 def bomb(size: int, *, tells: bool = True) -> bytes:
@@ -157,7 +191,7 @@ def test_a_chunk_that_does_not_unpack_to_its_size_is_refused_without_room_for_it
 def test_a_packing_against_another_model_is_refused(tmp_path: Path, new: Blob, old: Blob) -> None:
     path, update = packed(tmp_path, new, old)
 
-    with pytest.raises(UpdateError, match="another model than its round's"):
+    with pytest.raises(UpdateError, match=r"site hospital_a: its update is packed against model [0-9a-f]{12}, but"):
         PackedUpdate(path, update, written(tmp_path / "older", noise(2)))
 
 

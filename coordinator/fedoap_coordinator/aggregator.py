@@ -10,7 +10,7 @@ file `BLAME`, if there is one, names the site whose update is to blame.
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.fields import Frozen
 from fedoap.heap import keep_freed_memory
-from fedoap.packing import PackedUpdate
+from fedoap.packing import MOST_KEPT, PackedUpdate
 from fedoap.seal import SealedFile
 from fedoap.server import first_moments
 from fedoap.strategies import server_of
@@ -98,7 +98,7 @@ def merge(job: MergeJob, secret: bytes | None) -> MergeResult:
             exact = convert(source, first.blob, master, "float32")
             return MergeResult(blob=first.blob.pack().hex(), master=exact.pack().hex())
         case "train" if job.model:
-            models = [(_unpacked(path, of, job), of) for path, of in updates]
+            models = _unpacked(updates, job)
             if job.plan.wire.dtype == "float32" and not first_moments(server_of(job.plan.strategy)):
                 return MergeResult(blob=merge_models(models, job.model.pair, job.plan.strategy, blob).pack().hex())
             exact = merge_models(models, job.model.pair, job.plan.strategy, master)
@@ -112,12 +112,19 @@ def _opened(path: Path, upload: UploadManifest, secret: bytes | None) -> Path | 
     return path if secret is None else SealedFile(path, upload, secret)
 
 
-def _unpacked(path: Path | SealedFile, upload: UploadManifest, job: MergeJob) -> Path | ByteSource:
-    if upload.blob.packing is None:
-        return path
+def _unpacked(
+    updates: Sequence[tuple[Path | SealedFile, UploadManifest]], job: MergeJob
+) -> Sequence[tuple[Path | ByteSource, UploadManifest]]:
+    """Return the updates as they are read: those that are packed as what they stand for."""
+    if all(upload.blob.packing is None for _, upload in updates):
+        return updates
     if job.sent is None:
         raise StorageError(f"aggregation: {job.kind} has packed updates, but no model that they are packed against")
-    return PackedUpdate(path, upload, job.sent.pair)
+    base, keeps = job.sent.pair, len(updates) <= MOST_KEPT
+    return [
+        (PackedUpdate(path, upload, base, keeps=keeps) if upload.blob.packing else path, upload)
+        for path, upload in updates
+    ]
 
 
 def main(path: Path, secret: bytes) -> None:

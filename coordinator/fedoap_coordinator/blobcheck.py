@@ -2,7 +2,9 @@
 
 import hashlib
 import tempfile
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from fedoap.config import BlobFiles, Plan
@@ -131,7 +133,9 @@ def _check_sealed(path: Path, sealed: SealedFile, blob: BlobManifest, at: int) -
 
 
 def _tensor(manifest: BlobManifest, at: int) -> str:
-    """Return the tensor that the byte at `at` belongs to."""
+    """Return the tensor of the byte at `at`; of packed bytes, the one that their chunk begins with."""
+    if manifest.packing:
+        at = bisect_right(list(accumulate(manifest.packing.sizes)), at) * manifest.chunk_bytes
     name = ""
     for spec, start in manifest.offsets():
         if start <= at:

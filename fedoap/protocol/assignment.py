@@ -43,6 +43,8 @@ def read_task(message: Task, body: bytes, federation_key: bytes, plan: Plan, sit
         raise MessageError(f"task is federation {manifest.federation}'s, but this site belongs to {plan.federation}")
     if manifest.plan != plan.digest:
         raise MessageError("task goes by another plan than the coordinator sent")
+    if any(blob.packing for blob in manifest.blobs):
+        raise MessageError("task's model or bank is packed, but only updates may be")
     if site not in manifest.cohort:
         raise MessageError(f"task is not for site {site}")
     if Step(manifest.kind, manifest.round) not in course(plan):

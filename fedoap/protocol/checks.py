@@ -57,11 +57,16 @@ def check_result(upload: UploadManifest, task: TaskManifest, plan: Plan, schema:
 
 def _check_packing(upload: UploadManifest, task: TaskManifest, plan: Plan) -> None:
     packing, packs = upload.blob.packing, task.kind == "train" and plan.wire.updates == "packed"
-    if (packing is not None) != packs:
-        must = "is not packed, but wire.updates says so" if packs else "is packed, but nothing says so"
-        raise RefusedError("schema", f"result of {task.kind} {must}")
+    result = f"result of {task.kind} of site {upload.site}"
+    if packing is None and packs:
+        raise RefusedError("schema", f"{result} is not packed, but wire.updates is packed")
+    if packing is not None and not packs:
+        raise RefusedError("schema", f"{result} is packed, but wire.updates is plain, or it is no update")
     if packing is not None and (task.model is None or packing.base != task.model.id):
-        raise RefusedError("schema", "result is packed against another model than its task's")
+        wanted = task.model.id.hex()[:12] if task.model else "none"
+        raise RefusedError(
+            "schema", f"{result} is packed against {packing.base.hex()[:12]}, but must be against {wanted}"
+        )
 
 
 def _wanted(upload: UploadManifest, kind: TaskKind, plan: Plan, schema: tuple[TensorSpec, ...] | None) -> Table:

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fedoap.config import BlobFiles, ModelRecord
-from fedoap.errors import TensorsError, TrainingError
+from fedoap.errors import StorageError, TensorsError, TrainingError
 from fedoap.identity import sync_folder, write_private
 from fedoap.packing import pack_blob
 from fedoap.seal import KEY_BYTES
@@ -79,10 +79,12 @@ class Results:
 
         Raises:
             TrainingError: the result is missing, does not fit its manifest or names personal tensors.
-        TensorsError: it is to be packed, but its tensors are not those of the model that it was made from.
+            TensorsError: it cannot be packed: its tensors are not the model's, or not finite.
+            StorageError: the disk has no room to pack it.
+            OSError: the disk refuses otherwise.
         """
         _read(output)
-        _pack(output)
+        self._pack(output)
         if self._durable:
             sync_tree(output)
         folder = self._work / work.hex()
@@ -91,6 +93,17 @@ class Results:
         self._sync(self._work)
         self._settle(folder)
         return _read(folder)
+
+    def _pack(self, output: Path) -> None:
+        """Pack the update where the plan has it so, with the room of an old one if there is no other."""
+        try:
+            _pack(output)
+        except OSError as error:
+            if self._spares.clear():
+                self._pack(output)
+                return
+            path = output / PACKED_BLOB
+            raise StorageError(f"{path}: cannot be written: {error.strerror}, and wire.updates is packed") from None
 
     def seal_secret(self, work: bytes, task: bytes) -> bytes:
         """Return the secret that this work's upload for a task is sealed with; it is durable, and the same each time.
@@ -179,11 +192,9 @@ class Results:
 
 
 def _pack(folder: Path) -> None:
-    job = Job.model_validate_json((folder / JOB).read_bytes())
-    if job.kind == "train" and job.model is not None and job.plan.wire.updates == "packed":
-        update, base = (
-            BlobManifest.unpack(path.read_bytes()) for path in (folder / UPDATE_MANIFEST, job.model.manifest)
-        )
+    job, table = Job.model_validate_json((folder / JOB).read_bytes()), folder / UPDATE_MANIFEST
+    if job.kind == "train" and job.model is not None and job.plan.wire.updates == "packed" and table.is_file():
+        update, base = (BlobManifest.unpack(path.read_bytes()) for path in (table, job.model.manifest))
         packed = pack_blob(folder / UPDATE_BLOB, update, job.model.blob, base, folder / PACKED_BLOB)
         (folder / PACKED_MANIFEST).write_bytes(packed.pack())
 
@@ -192,15 +203,15 @@ def _read(folder: Path) -> Result:
     try:
         said = JobResult.model_validate_json((folder / RESULT).read_bytes())
         is_packed = (folder / PACKED_MANIFEST).is_file()
-        path, packed = (PACKED_BLOB, PACKED_MANIFEST) if is_packed else (UPDATE_BLOB, UPDATE_MANIFEST)
-        there = (folder / packed).is_file()
-        blob = BlobManifest.unpack((folder / packed).read_bytes()) if there else BlobManifest((), b"")
-        size = (folder / path).stat().st_size if blob.size else 0
+        name, table = (PACKED_BLOB, PACKED_MANIFEST) if is_packed else (UPDATE_BLOB, UPDATE_MANIFEST)
+        has_tensors = (folder / table).is_file()
+        blob = BlobManifest.unpack((folder / table).read_bytes()) if has_tensors else BlobManifest((), b"")
+        size = (folder / name).stat().st_size if blob.size else 0
     except (OSError, ValidationError, TensorsError) as error:
         raise TrainingError(f"worker: left no usable result: {str(error).splitlines()[0]}") from None
     if size != blob.size:
-        raise TrainingError(f"worker: {path} has {size} bytes, but its manifest says {blob.size}")
+        raise TrainingError(f"worker: {name} has {size} bytes, but its manifest says {blob.size}")
     personal = [spec.name for spec in blob.tensors if spec.name.startswith(PERSONAL_PREFIX)]
     if personal:
         raise TrainingError(f"worker: update names {personal[0]}, but personal tensors never leave a site")
-    return Result(said.cases, tuple(sorted(said.metrics.items())), blob, folder / path)
+    return Result(said.cases, tuple(sorted(said.metrics.items())), blob, folder / name)

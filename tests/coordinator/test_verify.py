@@ -7,6 +7,7 @@ import sqlite3
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from click.testing import CliRunner
 from fedoap.config import StrategyConfig
 from fedoap.errors import StorageError
 from fedoap.identity import Member, curve_keys, signing_keys
-from fedoap.tensors import Dtype
+from fedoap.tensors import BlobManifest, Dtype, Packing, TensorSpec
 from fedoap_coordinator.audit import audit
+from fedoap_coordinator.blobcheck import first_difference
 from fedoap_coordinator.cli import cli
 from fedoap_coordinator.folder import open_ledger, prepare
 from fedoap_coordinator.ledger import Value
@@ -105,6 +107,16 @@ def test_a_sound_run_is_verified_to_the_last_bit(tmp_path: Path, dtype: Dtype, u
         ("train of round 4, attempt 1", "open"),
     ]
     assert faults(tmp_path) == []
+
+
+def test_of_packed_bytes_the_tensor_is_named_that_they_stand_for() -> None:
+    """Planted bug: an offset into packed bytes taken for one into the plain tensors."""
+    tensors = tuple(TensorSpec(name, "float32", (3 << 18,)) for name in "az")
+    packing = Packing(bytes(32), (1, 1, 1, 1 << 20, 1 << 20, 1 << 20))
+    one = BlobManifest(tensors, bytes(4 * 32), packing=packing)
+    other = replace(one, hashes=bytes(32) + b"\x01" * 32 + bytes(2 * 32))
+
+    assert first_difference(one, other) == "they differ from chunk 1 on, which holds tensor z"
 
 
 def test_a_run_by_the_median_under_a_norm_bound_is_verified_too(tmp_path: Path) -> None:

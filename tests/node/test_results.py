@@ -1,3 +1,4 @@
+import errno
 import json
 import stat
 from collections.abc import Callable
@@ -7,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData
+from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData, WireConfig
 from fedoap.errors import StorageError, TrainingError
+from fedoap.packing import pack_blob
 from fedoap.sitefolder import SiteFolder
-from fedoap.tensors import BlobManifest, TaskManifest, write_blob
+from fedoap.tensors import BlobManifest, TaskManifest, read_blob, write_blob
 from fedoap_node import results as results_module
 from fedoap_node.job import Job, JobKind, JobResult
 from fedoap_node.results import Results
 from fedoap_node.state import SiteState
 
 PLAN = Plan(federation="f", network=NetworkConfig(width=4, depth=1), data=DataConfig(size=(8, 8)))
+PACKED = PLAN.model_copy(update={"wire": WireConfig(updates="packed")})
 WORK = b"\1" * 32
 
 
@@ -33,7 +36,13 @@ def model(tmp_path: Path) -> BlobFiles:
 
 
 def worked(
-    results: Results, tmp_path: Path, kind: JobKind = "train", round_number: int = 1, work: bytes = WORK
+    results: Results,
+    tmp_path: Path,
+    kind: JobKind = "train",
+    round_number: int = 1,
+    work: bytes = WORK,
+    *,
+    plan: Plan = PLAN,
 ) -> Path:
     """Do what a worker does, and return its output."""
     output = results.start(work, 16)
@@ -41,7 +50,7 @@ def worked(
         kind=kind,
         site="hospital_a",
         round=round_number,
-        plan=PLAN,
+        plan=plan,
         data=SiteData(datalist=tmp_path / "none.json"),
         model=model(tmp_path),
         cache=tmp_path,
@@ -72,6 +81,46 @@ def test_a_finished_work_is_found_again_after_a_restart_with_its_personal_state(
     assert kept is not None
     assert (kept.cases, kept.metrics) == (3, (("loss", 0.5),))
     assert personal_round(again) == 1
+
+
+def test_a_packed_update_is_what_is_sent_and_the_plain_one_the_sites_model(tmp_path: Path) -> None:
+    """Planted bugs: packed for calibration too, which returns nothing; the packed one linked as the model."""
+    results = Results(folder(tmp_path))
+
+    result = results.finish(WORK, worked(results, tmp_path, plan=PACKED))
+
+    assert result.blob.packing is not None
+    assert result.path.stat().st_size == result.blob.size
+    assert results.find(WORK) == result
+    record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
+    plain = BlobManifest.unpack(record.shared.manifest.read_bytes())
+    assert read_blob(record.shared.blob, plain)["w"].tolist() == [1.0] * 4
+    calibrated = worked(results, tmp_path, "calibrate", 2, b"\2" * 32, plan=PACKED)
+    assert results.finish(b"\2" * 32, calibrated).blob.packing is None
+
+
+@pytest.mark.parametrize("spares", [1, 0])
+def test_a_disk_without_room_to_pack_takes_that_of_an_old_update_or_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spares: int
+) -> None:
+    """Planted bug: the error of the system as it is, which names no file."""
+    results, tries = Results(folder(tmp_path)), list[Path]()
+
+    def full(*arguments: object) -> BlobManifest:
+        tries.append(tmp_path)
+        if len(tries) <= 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pack_blob(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(results_module, "pack_blob", full)
+    output = worked(results, tmp_path, plan=PACKED)
+    if spares:
+        (tmp_path / "old").write_bytes(bytes(16))
+        results._spares.keep(tmp_path / "old")
+        assert results.finish(WORK, output).blob.packing is not None
+    else:
+        with pytest.raises(StorageError, match=r"packed\.blob: cannot be written: No space left on device, and wire"):
+            results.finish(WORK, output)
 
 
 def test_output_of_a_worker_that_never_finished_changes_nothing_and_is_removed(tmp_path: Path) -> None:

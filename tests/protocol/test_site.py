@@ -43,6 +43,7 @@ from fedoap.protocol.events import (
     WorkProgress,
     WritePart,
 )
+from fedoap.tensors import HASH_BYTES, Packing
 
 WAITING = Idle("waiting", "train of round 1: waiting for beta")
 
@@ -102,12 +103,19 @@ def test_a_download_that_the_disk_refused_is_tried_again_after_a_while() -> None
     assert OpenPart(MODEL.id, 152, 0, MODEL) in bench.wait(1)
 
 
+PACKED_MODEL = replace(MODEL, packing=Packing(bytes(32), (64,) * (len(MODEL.hashes) // HASH_BYTES)))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"federation": "other"}, "task is federation other's, but this site belongs to demo"),
         ({"plan": bytes(32)}, "task goes by another plan than the coordinator sent"),
         ({"cohort": ("beta",)}, "task is not for site alpha"),
+        (
+            {"model": PACKED_MODEL},
+            "task's model or bank is packed, but only updates may be",
+        ),
         ({"round": 77}, "task train of round 77 is not in the plan's course"),
     ],
 )
