@@ -22,12 +22,13 @@ import zstandard
 from torch import Tensor
 
 from fedoap.config import NetworkConfig
+from fedoap.manifests import ITEM_BYTES, BlobManifest, Dtype, UploadManifest
 from fedoap.messages import CHUNK_BYTES
 from fedoap.packing import LEVEL, PackedUpdate, pack_blob
 from fedoap.segmentation.network import FedOAPNet
 from fedoap.segmentation.objectives import segmentation_loss
 from fedoap.segmentation.phantoms import phantom
-from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, UploadManifest, write_blob
+from fedoap.tensors import write_blob
 
 STEPS = (2, 10, 20, 100)
 SIZE, BATCH, CASES = 64, 8, 32

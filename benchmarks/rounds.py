@@ -33,7 +33,8 @@ import psutil
 from benchmarks.peer import standin
 from benchmarks.peer.standin import FIRST, site_change
 from fedoap.config import ModelRecord
-from fedoap.tensors import BlobManifest, Dtype, as_float32, write_blob
+from fedoap.manifests import BlobManifest, Dtype
+from fedoap.tensors import as_float32, write_blob
 
 TENSORS = 60
 Row = dict[str, str | int | float]

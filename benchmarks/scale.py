@@ -4,8 +4,8 @@
 
 The coordinator is the real one. A site here is the real connection, seal and machine of a node, many to a process,
 without disk and worker: it returns what it got plus a constant that its number fixes. Sites are enrolled before the
-start. After the round the coordinator is killed by SIGKILL and started again; the average is checked at the end.
-Memory is the coordinator's, over what it had before the first site came.
+start. After the round the coordinator is killed and started again; the average is checked at the end. Memory is over
+what the coordinator had before the first site came.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from fedoap.config import ModelRecord, load_federation
 from fedoap.errors import MessageError
 from fedoap.identity import KeyPair, Member, curve_keys, signing_keys
+from fedoap.manifests import BlobManifest, TaskManifest, TensorSpec, UploadManifest
 from fedoap.messages import CHUNK_BYTES, Chunk
 from fedoap.protocol.events import (
     Answered,
@@ -55,7 +56,7 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.seal import KEY_BYTES, Seal, public_half
-from fedoap.tensors import BlobManifest, TaskManifest, TensorSpec, UploadManifest, read_blob
+from fedoap.tensors import read_blob
 from fedoap_coordinator.descriptors import raise_limit
 from fedoap_coordinator.folder import open_ledger, prepare
 from fedoap_node.link import Address, Link, News
@@ -63,7 +64,6 @@ from fedoap_node.link import Address, Link, News
 TICK_MS = 200
 SECRET = bytes(range(KEY_BYTES))
 PATIENCE_SECONDS = 600.0
-Floats = NDArray[np.float32]
 Row = dict[str, str | int | float]
 
 
@@ -356,7 +356,7 @@ def site_change(number: int) -> float:
     return 1e-5 * (1 + number)
 
 
-def first_weights(floats: int) -> Floats:
+def first_weights(floats: int) -> NDArray[np.float32]:
     """Return the first model."""
     return np.random.default_rng(1).standard_normal(floats, np.float32)
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from fedoap.blobfile import SLICE_VALUES, BlobReader, BlobWriter, ByteSource, slices
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
+from fedoap.manifests import BlobManifest, Dtype, TensorSpec, UploadManifest
 from fedoap.robust import median, outlier, trimmed_mean
 from fedoap.server import Average, Server, advance, first_moments
 from fedoap.strategies import server_of
-from fedoap.tensors import BlobManifest, Dtype, TensorSpec, UploadManifest
 
 KEPT_PREFIX = "server."
 """Starts the names of what the coordinator keeps of a model under a server optimizer with moments: for every

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from fedoap.config import Plan
 from fedoap.errors import TensorsError, UpdateError
+from fedoap.manifests import BlobManifest, UploadManifest
 from fedoap.seal import SealedFile
-from fedoap.tensors import BlobManifest, UploadManifest, parse_blob, read_blob, write_blob
+from fedoap.tensors import parse_blob, read_blob, write_blob
 
 BankKind: TypeAlias = Literal["seed", "bank"]
 Floats: TypeAlias = NDArray[np.float64]

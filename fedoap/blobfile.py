@@ -12,18 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedoap.errors import TensorsError
-from fedoap.tensors import (
-    ITEM_BYTES,
-    BlobManifest,
-    ChunkHashes,
-    Dtype,
-    TensorSpec,
-    as_float32,
-    begin_write_back,
-    bfloat16_bits,
-    open_to_overwrite,
-    write_all,
-)
+from fedoap.manifests import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
+from fedoap.tensors import ChunkHashes, as_float32, begin_write_back, bfloat16_bits, open_to_overwrite, write_all
 
 SLICE_VALUES = 1 << 18
 """Values that are in memory at once: a chunk of float32, 2 MiB as float64."""

@@ -14,7 +14,7 @@ import msgpack
 
 from fedoap.errors import ChainError
 from fedoap.identity import ROUND_CONTEXT, is_signed
-from fedoap.tensors import HASH_BYTES, TaskKind
+from fedoap.manifests import HASH_BYTES, TaskKind
 
 RECORD_VERSION = 1
 Outcome: TypeAlias = Literal["done", "abandoned", "unattended"]

@@ -308,7 +308,7 @@ class SiteConfig(Frozen):
 
 
 class BlobFiles(Frozen):
-    """A blob on disk: the raw bytes and, beside them, the packed `fedoap.tensors.BlobManifest`."""
+    """A blob on disk: the raw bytes and, beside them, the packed `fedoap.manifests.BlobManifest`."""
 
     blob: Path
     manifest: Path

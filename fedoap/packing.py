@@ -18,18 +18,9 @@ from numpy.typing import NDArray
 
 from fedoap.blobfile import BlobReader, ByteSource, read_piece
 from fedoap.errors import TensorsError, UpdateError
+from fedoap.manifests import ITEM_BYTES, BlobManifest, Dtype, Packing, UploadManifest
 from fedoap.messages import CHUNK_BYTES
-from fedoap.tensors import (
-    ITEM_BYTES,
-    BlobManifest,
-    ChunkHashes,
-    Dtype,
-    Packing,
-    UploadManifest,
-    first_not_finite,
-    open_to_overwrite,
-    write_all,
-)
+from fedoap.tensors import ChunkHashes, first_not_finite, open_to_overwrite, write_all
 
 LEVEL = 1
 """Of zstd."""

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedoap.errors import SealError, UpdateError
-from fedoap.tensors import BlobManifest, UploadManifest
+from fedoap.manifests import BlobManifest, UploadManifest
 
 SEAL_CONTEXT = b"fedoap/2 seal"
 TAG_BYTES = 16

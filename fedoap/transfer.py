@@ -15,9 +15,10 @@ from itertools import groupby
 from typing import Literal, TypeAlias
 
 from fedoap.errors import RefusedError, SealError
+from fedoap.manifests import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 from fedoap.pace import FIRST_CHUNKS, Window
 from fedoap.seal import TAG_BYTES, Seal
-from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec, first_not_finite
+from fedoap.tensors import first_not_finite
 
 CHECKPOINT_CHUNKS = 32
 """After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""

@@ -12,9 +12,10 @@ from fedoap.aggregation import merge_models
 from fedoap.blobfile import convert, without
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError
+from fedoap.manifests import BlobManifest, Dtype, UploadManifest
 from fedoap.messages import CHUNK_BYTES
 from fedoap.seal import Seal, SealedFile, public_half
-from fedoap.tensors import BlobManifest, Dtype, UploadManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 
 UNIFORM = StrategyConfig(weighting="uniform")
 CASES = StrategyConfig(weighting="cases")

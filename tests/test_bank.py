@@ -7,7 +7,8 @@ from numpy.typing import ArrayLike, NDArray
 from fedoap.bank import SPLIT_OFFSET, choose_seeds, merge_bank
 from fedoap.config import BankConfig, DataConfig, NetworkConfig, Plan
 from fedoap.errors import TensorsError
-from fedoap.tensors import BlobManifest, UploadManifest, read_blob, write_blob
+from fedoap.manifests import BlobManifest, UploadManifest
+from fedoap.tensors import read_blob, write_blob
 
 CHANNELS = 8
 

@@ -15,9 +15,10 @@ from fedoap import packing
 from fedoap.aggregation import merge_models
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError, UpdateError
+from fedoap.manifests import BlobManifest, Dtype, Packing, TensorSpec, UploadManifest
 from fedoap.messages import CHUNK_BYTES
 from fedoap.packing import PackedUpdate, pack_blob
-from fedoap.tensors import BlobManifest, Dtype, Packing, TensorSpec, UploadManifest, write_blob
+from fedoap.tensors import write_blob
 
 Blob = tuple[Path, BlobManifest]
 VALUES = CHUNK_BYTES // 4 + 1000

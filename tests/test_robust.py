@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from fedoap.aggregation import merge_models
 from fedoap.config import StrategyConfig
 from fedoap.errors import UpdateError
+from fedoap.manifests import BlobManifest, Dtype, UploadManifest
 from fedoap.robust import median, outlier, trimmed_mean
-from fedoap.tensors import BlobManifest, Dtype, UploadManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 
 MEDIAN = StrategyConfig(rule="median")
 TRIMMED = StrategyConfig(rule="trimmed_mean")

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedoap.errors import RefusedError, SealError, UpdateError
+from fedoap.manifests import NO_KEY, BlobManifest, TensorSpec, UploadManifest
 from fedoap.seal import TAG_BYTES, Seal, SealedFile, public_half, sealed_at
-from fedoap.tensors import NO_KEY, BlobManifest, TensorSpec, UploadManifest
 from fedoap.transfer import Receiver
 
 EXCHANGE, SITE, OTHER = b"e" * 32, b"s" * 32, b"o" * 32

@@ -10,8 +10,9 @@ import pytest
 from fedoap.aggregation import merge_models, published
 from fedoap.config import StrategyConfig
 from fedoap.errors import TensorsError
+from fedoap.manifests import BlobManifest, UploadManifest
 from fedoap.server import Adaptive, Average, Momentum, Server, advance, first_moments
-from fedoap.tensors import BlobManifest, UploadManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 
 MOMENTUM = StrategyConfig(name="fedavgm", server_beta1=0.5)
 

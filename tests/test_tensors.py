@@ -10,20 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedoap.errors import TensorsError
+from fedoap.manifests import MOST_PACKED_BYTES, BlobManifest, Packing, TaskManifest, TensorSpec, UploadManifest
 from fedoap.messages import CHUNK_BYTES
-from fedoap.tensors import (
-    MOST_PACKED_BYTES,
-    BlobManifest,
-    Packing,
-    TaskManifest,
-    TensorSpec,
-    UploadManifest,
-    as_float32,
-    bfloat16_bits,
-    float32_values,
-    read_blob,
-    write_blob,
-)
+from fedoap.tensors import as_float32, bfloat16_bits, float32_values, read_blob, write_blob
 
 HASH = bytes(range(32))
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedoap.errors import RefusedError
-from fedoap.tensors import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
+from fedoap.manifests import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 from fedoap.transfer import TAIL_BYTES, Admission, Fetcher, FiniteScan, Receiver, Sender
 
 CHUNK = 8

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the process that watches the coordinator is counted with it
     import numpy as np
     from numpy.typing import NDArray
 
-    from fedoap.tensors import BlobManifest
+    from fedoap.manifests import BlobManifest
 
 SITES = 3
 STANDIN = Path(__file__).absolute().parent / "standin.py"
@@ -109,7 +109,7 @@ class Final:
 
 
 def _largest_error(options: argparse.Namespace) -> float:
-    from fedoap.tensors import BlobManifest
+    from fedoap.manifests import BlobManifest
 
     _run("fedoap_coordinator", "export", str(MODEL), "--config", str(CONFIG))
     shared = json.loads((MODEL / "model.json").read_bytes())["shared"]

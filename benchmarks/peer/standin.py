@@ -18,7 +18,8 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fedoap.tensors import BlobManifest, as_float32, write_blob
+from fedoap.manifests import BlobManifest
+from fedoap.tensors import as_float32, write_blob
 
 FIRST = "STANDIN_FIRST"
 

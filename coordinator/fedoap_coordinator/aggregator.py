@@ -22,11 +22,11 @@ from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, StorageError, UpdateError
 from fedoap.fields import Frozen
 from fedoap.heap import keep_freed_memory
+from fedoap.manifests import BlobManifest, TaskKind, UploadManifest
 from fedoap.packing import MOST_KEPT, PackedUpdate
 from fedoap.seal import SealedFile
 from fedoap.server import first_moments
 from fedoap.strategies import server_of
-from fedoap.tensors import BlobManifest, TaskKind, UploadManifest
 
 RESULT = "result.json"
 BLOB = "result.blob"

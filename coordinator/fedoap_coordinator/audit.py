@@ -12,7 +12,7 @@ from typing import Final, TypedDict
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError, TensorsError
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.evidence import DamagedError, Evidence, read_evidence
 from fedoap_coordinator.folder import LEDGER
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedoap.config import BlobFiles, Plan
 from fedoap.errors import FedoapError, UpdateError
+from fedoap.manifests import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 from fedoap.seal import SealedFile
-from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.aggregator import MergeResult, merge
 from fedoap_coordinator.jobs import merge_job, upload_files
 from fedoap_coordinator.seals import secret_of

@@ -20,9 +20,9 @@ from typing import Literal
 from fedoap.config import BlobFiles
 from fedoap.errors import StorageError
 from fedoap.identity import sync_folder
+from fedoap.manifests import BlobManifest, UploadManifest
 from fedoap.seal import sealed_at
 from fedoap.spares import Spares
-from fedoap.tensors import BlobManifest, UploadManifest
 from fedoap_coordinator.descriptors import open_own
 from fedoap_coordinator.seals import Seals
 

@@ -14,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedoap.manifests import TaskKind
 from fedoap.protocol.course import Step, place
 from fedoap.protocol.events import Note
 from fedoap.protocol.status import SiteStatus, Status
-from fedoap.tensors import TaskKind
 
 SENTENCES: Final[Mapping[str, str]] = {
     "ready": "ready {endpoint}",

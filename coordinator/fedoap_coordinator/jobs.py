@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedoap.config import BlobFiles, Plan
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.aggregator import MergeBase, MergeJob, MergeUpdate
 from fedoap_coordinator.blobs import blob_files, exact_files
 

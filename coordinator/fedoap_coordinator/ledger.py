@@ -16,8 +16,8 @@ from typing import Self, TypeAlias
 from fedoap.chain import NO_RECORD, Outcome, record_id
 from fedoap.errors import ConfigError, StorageError
 from fedoap.identity import Member, Roster
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.notary import Closing, Committed, Sign
 
 SCHEMA_VERSION = 2

@@ -17,8 +17,8 @@ from typing import IO
 
 from fedoap.config import Plan
 from fedoap.errors import StorageError
+from fedoap.manifests import BlobManifest
 from fedoap.protocol.events import Aggregate, Aggregated, AggregateFailed
-from fedoap.tensors import BlobManifest
 from fedoap_coordinator.aggregator import BLAME, BLOB, MASTER, RESULT, MergeResult
 from fedoap_coordinator.jobs import merge_job
 from fedoap_coordinator.store import Made, Store

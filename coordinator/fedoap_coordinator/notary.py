@@ -10,8 +10,8 @@ from fedoap.aggregation import site_weight
 from fedoap.chain import Outcome, RoundRecord, Weighed
 from fedoap.config import Plan
 from fedoap.identity import ROUND_CONTEXT, sign
+from fedoap.manifests import TaskKind, TaskManifest, UploadManifest
 from fedoap.strategies import server_words
-from fedoap.tensors import TaskKind, TaskManifest, UploadManifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from fedoap.blobfile import without
 from fedoap.config import BlobFiles, FederationConfig, ModelRecord
 from fedoap.errors import StorageError
 from fedoap.identity import fingerprint
+from fedoap.manifests import BlobManifest, TaskKind
 from fedoap.params import CONTROL_PREFIX
 from fedoap.protocol.course import Step, place
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
-from fedoap.tensors import BlobManifest, TaskKind
 from fedoap_coordinator.blobs import blob_files
 from fedoap_coordinator.ledger import Ledger, TaskRow
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from fedoap.config import BlobFiles, RetentionConfig
 from fedoap.errors import SealError, StorageError
+from fedoap.manifests import NO_KEY, BlobManifest, TaskKind
 from fedoap.protocol.events import (
     Arriving,
     DropPart,
@@ -31,7 +32,6 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, Revoked, replay
 from fedoap.seal import TAG_BYTES, Seal, sealed_at
-from fedoap.tensors import NO_KEY, BlobManifest, TaskKind
 from fedoap.transfer import TAIL_BYTES
 from fedoap_coordinator.blobs import Blobs, Trouble
 from fedoap_coordinator.ledger import Ledger, PartRow, TaskRow

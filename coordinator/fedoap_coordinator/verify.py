@@ -17,8 +17,8 @@ from fedoap.chain import CheckedLink, Outcome, RoundRecord, Weighed, check_chain
 from fedoap.config import Plan
 from fedoap.errors import ConfigError, FedoapError, TensorsError
 from fedoap.identity import TASK_CONTEXT, UPLOAD_CONTEXT, is_signed
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.course import Step
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.blobcheck import Gone, check_blob, check_upload, first_difference, remake, said
 from fedoap_coordinator.blobs import blob_files, exact_files
 from fedoap_coordinator.evidence import (

@@ -5,9 +5,9 @@ import hashlib
 from fedoap.config import Plan
 from fedoap.errors import ConfigError, IdentityError, MessageError
 from fedoap.identity import TASK_CONTEXT, is_signed
+from fedoap.manifests import TaskManifest
 from fedoap.messages import Task, Welcome
 from fedoap.protocol.course import Step, course
-from fedoap.tensors import TaskManifest
 
 
 def read_plan(message: Welcome, body: bytes, federation: str) -> Plan:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from fedoap.config import Plan
 from fedoap.errors import RefusedError, TensorsError
 from fedoap.identity import UPLOAD_CONTEXT, Member, is_signed
+from fedoap.manifests import TaskKind, TaskManifest, TensorSpec, UploadManifest
 from fedoap.messages import Offer
-from fedoap.tensors import TaskKind, TaskManifest, TensorSpec, UploadManifest
 
 PERSONAL_PREFIX = "personal."
 WEIGHED_KINDS: frozenset[TaskKind] = frozenset({"train", "seed", "bank"})

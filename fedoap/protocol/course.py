@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from fedoap.config import Plan
+from fedoap.manifests import TaskKind
 from fedoap.protocol.history import ClosedExchange
-from fedoap.tensors import TaskKind
 
 
 @dataclass(frozen=True, slots=True)

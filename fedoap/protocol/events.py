@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 
 from fedoap.chain import Outcome
 from fedoap.identity import Roster
+from fedoap.manifests import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 from fedoap.messages import FromCoordinator, FromSite, RefusalCode
-from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from fedoap.chain import Outcome
+from fedoap.manifests import TaskManifest
 from fedoap.protocol.course import Step
 from fedoap.protocol.events import Update
 from fedoap.protocol.history import OpenExchange
-from fedoap.tensors import TaskManifest
 
 Standing: TypeAlias = Outcome | Literal["open"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from fedoap.errors import RefusedError
+from fedoap.manifests import BlobManifest
 from fedoap.messages import Data, Get
 from fedoap.protocol.events import DropPart, FinishPart, Note, OpenPart, Say, SiteEffect, WritePart
-from fedoap.tensors import BlobManifest
 from fedoap.transfer import Fetcher
 
 RETRY_SECONDS = 10.0

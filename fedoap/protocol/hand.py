@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fedoap.manifests import TaskManifest
 from fedoap.messages import Commit, Credit, Failed, Go, Progress, RefusalCode, Refuse, Wait
 from fedoap.protocol.events import Committed, Note, Say, SiteEffect, StartWork, StopWork, WorkDone, WorkProgress
 from fedoap.protocol.fetching import Fetching
 from fedoap.protocol.offering import Offering
-from fedoap.tensors import TaskManifest
 
 REPEAT_SECONDS = 5.0
 """How often a failure is reported until it is acknowledged."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from fedoap.chain import Outcome
+from fedoap.manifests import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 from fedoap.protocol.events import Arriving, RecordClosed, RecordOpened, Update
-from fedoap.tensors import NO_KEY, BlobManifest, TaskKind, TaskManifest, TensorSpec
 
 MODEL_KINDS: frozenset[TaskKind] = frozenset({"init", "train"})
 BANK_KINDS: frozenset[TaskKind] = frozenset({"seed", "bank"})

@@ -3,9 +3,9 @@
 import hashlib
 
 from fedoap.identity import UPLOAD_CONTEXT, sign
+from fedoap.manifests import UploadManifest
 from fedoap.messages import Credit, Go, Offer
 from fedoap.protocol.events import Say, SayChunk, SiteEffect
-from fedoap.tensors import UploadManifest
 from fedoap.transfer import Range, Sender
 
 FIRST_PAUSE_SECONDS = 3.0

@@ -14,6 +14,7 @@ from fedoap.chain import Outcome
 from fedoap.config import FederationConfig
 from fedoap.errors import RefusedError
 from fedoap.identity import TASK_CONTEXT, Roster, sign
+from fedoap.manifests import NO_KEY, BlobManifest, TaskManifest
 from fedoap.messages import FromCoordinator, Idle, Progress, Task
 from fedoap.protocol.attendance import Attendance, Gathering
 from fedoap.protocol.course import Step, attempts, course, due, failures
@@ -31,7 +32,6 @@ from fedoap.protocol.exchange import Exchange, Tally
 from fedoap.protocol.history import History, OpenExchange, after
 from fedoap.protocol.uploads import Upload, Uploads
 from fedoap.seal import KEY_BYTES, public_half
-from fedoap.tensors import NO_KEY, BlobManifest, TaskManifest
 
 FIRST_MERGE_PAUSE_SECONDS = 10.0
 """Until a merge that failed is tried again; doubles each time, since a full disk needs an operator."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fedoap.tensors import TaskKind
+from fedoap.manifests import TaskKind
 
 SiteState: TypeAlias = Literal[
     "absent", "idle", "working", "waiting", "uploading", "committed", "failed", "silent", "revoked"

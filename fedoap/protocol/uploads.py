@@ -12,6 +12,7 @@ from typing import Literal
 
 from fedoap import transfer
 from fedoap.errors import RefusedError, SealError
+from fedoap.manifests import NO_KEY, UploadManifest
 from fedoap.messages import Chunk, Commit, Credit, Go, Wait
 from fedoap.protocol.events import (
     Arriving,
@@ -25,7 +26,6 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.seal import Seal, sealed_at
-from fedoap.tensors import NO_KEY, UploadManifest
 from fedoap.transfer import Admission, Receiver
 
 STALL_SECONDS = 30.0

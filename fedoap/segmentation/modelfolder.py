@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from fedoap.config import BlobFiles, ModelRecord, Plan
 from fedoap.errors import ConfigError, TensorsError
+from fedoap.manifests import BlobManifest
 from fedoap.params import PERSONAL_PREFIX
 from fedoap.segmentation.network import Bank, FedOAPNet
 from fedoap.segmentation.patches import predict_by_windows
 from fedoap.segmentation.sitemodel import SiteModel
-from fedoap.tensors import BlobManifest, read_blob
+from fedoap.tensors import read_blob
 
 PERSONAL_FILE = "personal.safetensors"
 

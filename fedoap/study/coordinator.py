@@ -12,6 +12,7 @@ from pathlib import Path
 from fedoap.config import BlobFiles, FederationConfig, ModelRecord
 from fedoap.errors import UpdateError
 from fedoap.identity import Roster
+from fedoap.manifests import BlobManifest, TaskManifest
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
     Aggregate,
@@ -29,7 +30,6 @@ from fedoap.protocol.events import (
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History
 from fedoap.protocol.status import Status
 from fedoap.study.posts import Post, ToCoordinator, ToSite
-from fedoap.tensors import BlobManifest, TaskManifest
 from fedoap_coordinator.aggregator import BLOB, MASTER, MergeResult, merge
 from fedoap_coordinator.blobs import BLOBS, blob_files, exact_files
 from fedoap_coordinator.jobs import merge_job

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from fedoap.config import Plan
 from fedoap.errors import ConfigError
 from fedoap.fields import Frozen
-from fedoap.tensors import TaskKind
+from fedoap.manifests import TaskKind
 
 RUN = "federation.json"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedoap.config import BlobFiles, Plan, SiteConfig
+from fedoap.manifests import NO_KEY, TaskManifest, UploadManifest
 from fedoap.protocol.events import (
     BlobStored,
     Committed,
@@ -30,7 +31,6 @@ from fedoap.study.figures import Share
 from fedoap.study.models import BEFORE, keep_before
 from fedoap.study.posts import Post, ToCoordinator, ToSite
 from fedoap.study.work import Report, check_worker, quiet_process
-from fedoap.tensors import NO_KEY, TaskManifest, UploadManifest
 from fedoap_node.blobs import BlobStore
 from fedoap_node.files import share
 from fedoap_node.job import write_job

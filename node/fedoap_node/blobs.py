@@ -14,8 +14,8 @@ from pathlib import Path
 from fedoap.config import BlobFiles
 from fedoap.errors import StorageError, TensorsError
 from fedoap.identity import sync_folder
+from fedoap.manifests import BlobManifest
 from fedoap.spares import Spares
-from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, write_durably
 
 WRITE_BACK_BYTES = 8 << 20

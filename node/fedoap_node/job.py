@@ -19,7 +19,7 @@ from typing import Literal
 from fedoap.config import BlobFiles, Plan, SiteConfig, SiteData, WorkerConfig
 from fedoap.errors import StorageError, TrainingError
 from fedoap.fields import Frozen
-from fedoap.tensors import TaskManifest
+from fedoap.manifests import TaskManifest
 
 JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
 """`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""

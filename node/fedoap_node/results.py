@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from fedoap.config import BlobFiles, ModelRecord
 from fedoap.errors import StorageError, TensorsError, TrainingError
 from fedoap.identity import sync_folder, write_private
+from fedoap.manifests import BlobManifest
 from fedoap.packing import pack_blob
 from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
 from fedoap.spares import Spares
-from fedoap.tensors import BlobManifest
 from fedoap_node.files import remove, share, sync_tree, write_durably
 from fedoap_node.job import JOB, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
 

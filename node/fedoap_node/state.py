@@ -5,8 +5,8 @@ import os
 
 from fedoap.config import Plan
 from fedoap.errors import StorageError, TrainingError
+from fedoap.manifests import TaskManifest
 from fedoap.sitefolder import SiteFolder
-from fedoap.tensors import TaskManifest
 from fedoap_node.blobs import BlobStore
 from fedoap_node.files import remove, write_durably
 from fedoap_node.results import Result, Results

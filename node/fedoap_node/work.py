@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fedoap.config import SiteConfig
 from fedoap.errors import FedoapError
+from fedoap.manifests import TaskManifest, UploadManifest
 from fedoap.protocol.course import Step
 from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
 from fedoap.seal import Seal, public_half
-from fedoap.tensors import TaskManifest, UploadManifest
 from fedoap_node.files import remove
 from fedoap_node.job import JOB, write_job
 from fedoap_node.journal import Journal

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from fedoap.errors import ConfigError, StorageError, TrainingError
-from fedoap.tensors import Dtype, write_blob
+from fedoap.manifests import Dtype
+from fedoap.tensors import write_blob
 from fedoap_node.job import PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
 
 if TYPE_CHECKING:

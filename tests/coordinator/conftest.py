@@ -11,8 +11,9 @@ import zmq
 
 from fedoap.config import FederationConfig, RetentionConfig
 from fedoap.identity import Member, curve_keys, signing_keys
+from fedoap.manifests import BlobManifest, TaskKind, TaskManifest, UploadManifest
 from fedoap.seal import Seal, public_half, sealed_at
-from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, UploadManifest, write_blob
+from fedoap.tensors import write_blob
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.notary import Notary

@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 import fedoap
 from fedoap.config import FederationConfig, ModelRecord, load_federation
 from fedoap.errors import FedoapError, StorageError
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened
 from fedoap.seal import sealed_at
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 from fedoap_coordinator.cli import cli, main
 from fedoap_coordinator.daemon import Daemon
 from fedoap_coordinator.folder import open_ledger, prepare

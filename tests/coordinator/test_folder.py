@@ -10,7 +10,7 @@ import pytest
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError, IdentityError, StorageError
-from fedoap.tensors import TaskManifest
+from fedoap.manifests import TaskManifest
 from fedoap_coordinator.folder import invited_endpoint, prepare, running, sole_owner, write_endpoint
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.service import check_plan

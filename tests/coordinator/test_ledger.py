@@ -10,8 +10,8 @@ import pytest
 from fedoap.chain import Link, Outcome, Weighed, check_chain
 from fedoap.errors import ConfigError, StorageError
 from fedoap.identity import Member
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from fedoap_coordinator.ledger import Ledger
 from tests.coordinator.conftest import FEDERATION_KEYS, notary
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fedoap.config import FederationConfig, Plan, StrategyConfig
+from fedoap.manifests import BlobManifest, Dtype, TaskManifest
 from fedoap.protocol.events import (
     Aggregate,
     Aggregated,
@@ -23,7 +24,7 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.seal import sealed_at
-from fedoap.tensors import BlobManifest, Dtype, TaskManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
 from fedoap_coordinator.store import Made, Store

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from fedoap.config import FederationConfig
+from fedoap.manifests import BlobManifest
 from fedoap.protocol.events import Aggregated
-from fedoap.tensors import BlobManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 from fedoap_coordinator.evidence import read_evidence
 from fedoap_coordinator.folder import LEDGER
 from fedoap_coordinator.merging import Merging

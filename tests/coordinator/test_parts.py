@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fedoap.manifests import UploadManifest
 from fedoap.protocol.events import (
     Arriving,
     DropPart,
@@ -26,7 +27,6 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.seal import sealed_at
-from fedoap.tensors import UploadManifest
 from fedoap_coordinator.ledger import Ledger, Value
 from fedoap_coordinator.store import Store, StoreEffect
 from tests.coordinator.conftest import EXCHANGE, Maker, open_store

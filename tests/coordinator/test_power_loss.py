@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedoap.errors import FedoapError, UpdateError
+from fedoap.manifests import BlobManifest, TaskManifest
 from fedoap.protocol.events import (
     FinishPart,
     OpenPart,
@@ -22,7 +23,6 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.seal import SealedFile, public_half, sealed_at
-from fedoap.tensors import BlobManifest, TaskManifest
 from fedoap_coordinator.folder import LEDGER
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.store import Made, Store

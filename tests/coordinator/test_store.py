@@ -16,6 +16,7 @@ import pytest
 
 from fedoap.config import RetentionConfig
 from fedoap.errors import StorageError
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import (
     DropPart,
     FinishPart,
@@ -27,7 +28,7 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.seal import SealedFile, sealed_at
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest, parse_blob, read_blob
+from fedoap.tensors import parse_blob, read_blob
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.store import Made, Store
 from tests.coordinator.conftest import EXCHANGE, Maker, open_store

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from fedoap.config import StrategyConfig
 from fedoap.errors import StorageError
 from fedoap.identity import Member, curve_keys, signing_keys
-from fedoap.tensors import BlobManifest, Dtype, Packing, TensorSpec
+from fedoap.manifests import BlobManifest, Dtype, Packing, TensorSpec
 from fedoap_coordinator.audit import audit
 from fedoap_coordinator.blobcheck import first_difference
 from fedoap_coordinator.cli import cli

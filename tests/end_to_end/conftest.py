@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from fedoap.config import ModelRecord
-from fedoap.tensors import BlobManifest, read_blob
+from fedoap.manifests import BlobManifest
+from fedoap.tensors import read_blob
 from fedoap_coordinator.cli import cli as coordinator_cli
 from fedoap_node.join import join
 

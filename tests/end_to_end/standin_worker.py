@@ -20,7 +20,8 @@ from typing import TypeAlias, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from fedoap.tensors import BlobManifest, read_blob, write_blob
+from fedoap.manifests import BlobManifest
+from fedoap.tensors import read_blob, write_blob
 
 CHANGE = {"hospital_a": 0.5, "hospital_b": 1.0, "hospital_c": 1.5}
 ROUGH = "FEDOAP_TEST_ROUGH" in os.environ

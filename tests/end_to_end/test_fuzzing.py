@@ -20,9 +20,10 @@ import psutil
 import pytest
 import zmq
 
+from fedoap.manifests import UploadManifest
 from fedoap.messages import FromCoordinator, Idle, Refuse, Wait
 from fedoap.seal import public_half
-from fedoap.tensors import UploadManifest, write_blob
+from fedoap.tensors import write_blob
 from fedoap_coordinator.folder import LEDGER
 from fedoap_coordinator.ledger import Ledger
 from malformed import Malformed

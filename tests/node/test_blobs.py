@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedoap.errors import StorageError
-from fedoap.tensors import BlobManifest, TensorSpec, write_blob
+from fedoap.manifests import BlobManifest, TensorSpec
+from fedoap.tensors import write_blob
 from fedoap_node.blobs import BlobStore
 
 MIB = 1 << 20

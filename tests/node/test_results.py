@@ -10,9 +10,10 @@ import pytest
 
 from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData, WireConfig
 from fedoap.errors import StorageError, TrainingError
+from fedoap.manifests import BlobManifest, TaskManifest
 from fedoap.packing import pack_blob
 from fedoap.sitefolder import SiteFolder
-from fedoap.tensors import BlobManifest, TaskManifest, read_blob, write_blob
+from fedoap.tensors import read_blob, write_blob
 from fedoap_node import results as results_module
 from fedoap_node.job import Job, JobKind, JobResult
 from fedoap_node.results import Results

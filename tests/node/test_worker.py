@@ -17,9 +17,10 @@ from easy_site import COUNTS, easy_plan, write_easy_site
 from fedoap.bank import merge_bank
 from fedoap.config import BlobFiles, CalibrationConfig, ModelRecord, Plan, SiteData, StrategyConfig, WorkerConfig
 from fedoap.errors import ConfigError, DataError, StorageError
+from fedoap.manifests import BlobManifest, UploadManifest
 from fedoap.segmentation.descent import Progress
 from fedoap.segmentation.modelfolder import load_model
-from fedoap.tensors import BlobManifest, UploadManifest, read_blob
+from fedoap.tensors import read_blob
 from fedoap_node.job import Job, JobKind, JobProgress, JobResult
 from fedoap_node.trainer import Trainer
 from fedoap_node.worker import Reporter, main

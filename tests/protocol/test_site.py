@@ -6,6 +6,7 @@ import pytest
 
 from bench import MODEL, MODEL_RAW, RESULT, Bench, name, said, started, upload_name
 from federation_builders import secret
+from fedoap.manifests import HASH_BYTES, Packing
 from fedoap.messages import (
     Ack,
     Commit,
@@ -43,7 +44,6 @@ from fedoap.protocol.events import (
     WorkProgress,
     WritePart,
 )
-from fedoap.tensors import HASH_BYTES, Packing
 
 WAITING = Idle("waiting", "train of round 1: waiting for beta")
 

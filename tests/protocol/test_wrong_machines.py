@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from federation_builders import CHUNK_BYTES
+from fedoap.manifests import TaskManifest
 from fedoap.protocol.events import Arriving, CoordinatorEffect, SyncPart, Update
 from fedoap.protocol.exchange import Exchange, Tally
 from fedoap.protocol.hand import Hand
@@ -19,7 +20,6 @@ from fedoap.protocol.history import after as history_after
 from fedoap.protocol.rounds import Rounds
 from fedoap.protocol.uploads import Uploads
 from fedoap.seal import TAG_BYTES, Seal
-from fedoap.tensors import TaskManifest
 from fedoap.transfer import Admission, Range, Receiver, Sender
 from simulated import schedules
 from simulated.disk import Disk, Name

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedoap.config import ModelRecord
 from fedoap.errors import ConfigError, DataError
+from fedoap.manifests import BlobManifest
 from fedoap.report.results import Ledger
 from fedoap.simulation import federation as daemons
 from fedoap.simulation.config import SimulationConfig
@@ -21,7 +22,6 @@ from fedoap.simulation.processes import Processes
 from fedoap.study.federation import run_federation
 from fedoap.study.figures import FederationRun, read_run
 from fedoap.study.work import quiet_process
-from fedoap.tensors import BlobManifest
 from tiny_study import left, no_report
 
 FRESH = """

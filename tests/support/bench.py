@@ -8,10 +8,10 @@ import numpy as np
 from federation_builders import FEDERATION_SECRET, blob, config, curve, public, secret
 from fedoap.config import Plan
 from fedoap.identity import TASK_CONTEXT, sign
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.messages import PROTOCOL_VERSION, Challenge, FromCoordinator, FromSite, Task, Welcome
 from fedoap.protocol.events import Answered, Connected, Say, SiteEffect, SiteEvent, StartWork, Tick, WorkDone
 from fedoap.protocol.site import Site
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from simulated.training import SHAPES
 
 MODEL, MODEL_RAW = blob({name: np.ones(shape, np.float32) for name, shape in SHAPES.items()})

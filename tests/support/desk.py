@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, blob, config, curve, roster, secret
 from fedoap.config import FederationConfig
 from fedoap.identity import HELLO_CONTEXT, UPLOAD_CONTEXT, Roster, hello_payload, sign
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.messages import (
     PROTOCOL_VERSION,
     Challenge,
@@ -42,7 +43,6 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.history import History, OpenExchange, Record, after
 from fedoap.seal import TAG_BYTES, Seal, public_half, sealed_at
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from simulated.training import SHAPES, train
 
 Effects = list[CoordinatorEffect]

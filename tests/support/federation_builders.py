@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from fedoap.config import FederationConfig
 from fedoap.identity import Member, Roster
-from fedoap.tensors import BlobManifest, Dtype, TensorSpec, bfloat16_bits
+from fedoap.manifests import BlobManifest, Dtype, TensorSpec
+from fedoap.tensors import bfloat16_bits
 
 CHUNK_BYTES = 64
 """So small in these tests that a few numbers are several chunks; `tests/protocol/conftest.py` sees to it."""

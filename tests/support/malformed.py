@@ -9,8 +9,8 @@ import msgpack
 
 from fedoap.errors import TensorsError
 from fedoap.identity import UPLOAD_CONTEXT, sign
+from fedoap.manifests import UploadManifest
 from fedoap.messages import Chunk, Failed, Get, Hello, Message, Offer, Progress, Sync, encode
-from fedoap.tensors import UploadManifest
 
 Frames = list[bytes]
 HASH = bytes(range(32))

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from fedoap.config import FederationConfig
 from fedoap.identity import TASK_CONTEXT, UPLOAD_CONTEXT, KeyPair, Member, curve_keys, sign, signing_keys
+from fedoap.manifests import BlobManifest, Dtype, TaskKind, TaskManifest, UploadManifest
 from fedoap.messages import CHUNK_BYTES
 from fedoap.packing import pack_blob
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened, WritePart
 from fedoap.seal import Seal, public_half, sealed_at
-from fedoap.tensors import BlobManifest, Dtype, TaskKind, TaskManifest, UploadManifest, write_blob
+from fedoap.tensors import write_blob
 from fedoap_coordinator.aggregator import BLOB, MASTER, merge
 from fedoap_coordinator.blobs import Blobs, blob_files
 from fedoap_coordinator.folder import Keys, open_ledger, prepare

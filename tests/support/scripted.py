@@ -9,6 +9,7 @@ from typing import Self
 import zmq
 
 from fedoap.identity import HELLO_CONTEXT, UPLOAD_CONTEXT, hello_payload, sign
+from fedoap.manifests import TaskManifest, UploadManifest
 from fedoap.messages import (
     PROTOCOL_VERSION,
     Challenge,
@@ -29,7 +30,6 @@ from fedoap.messages import (
 )
 from fedoap.seal import Seal
 from fedoap.sitefolder import SiteFolder
-from fedoap.tensors import TaskManifest, UploadManifest
 from fedoap_node.membership import Membership
 
 SEAL_SECRET = b"s" * 32

@@ -11,7 +11,8 @@ from easy_site import write_easy_site
 from fedoap.aggregation import merge_models, published
 from fedoap.bank import BankKind, merge_bank
 from fedoap.config import BlobFiles, Plan, SiteData, WorkerConfig
-from fedoap.tensors import BlobManifest, UploadManifest, read_blob
+from fedoap.manifests import BlobManifest, UploadManifest
+from fedoap.tensors import read_blob
 from fedoap_node.job import Job, JobKind, JobResult
 from fedoap_node.workshop import Workshop
 

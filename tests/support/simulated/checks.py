@@ -4,12 +4,12 @@ import hashlib
 
 from federation_builders import CHUNK_BYTES
 from fedoap.config import FederationConfig
+from fedoap.manifests import BlobManifest
 from fedoap.messages import Chunk, Commit, Credit, FromCoordinator, FromSite, Go, Task
 from fedoap.pace import MOST_CHUNKS
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
 from fedoap.seal import TAG_BYTES
-from fedoap.tensors import BlobManifest
 
 
 def is_intact(manifest: BlobManifest, raw: bytes) -> bool:

@@ -8,6 +8,7 @@ from federation_builders import CHUNK_BYTES, FEDERATION_SECRET, curve, public, r
 from fedoap.config import FederationConfig
 from fedoap.errors import SealError
 from fedoap.identity import Member, Roster
+from fedoap.manifests import BlobManifest, UploadManifest
 from fedoap.messages import Credit, Data, FromCoordinator, Go
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import (
@@ -35,7 +36,6 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.history import Revoked, replay
 from fedoap.seal import Seal, sealed_at
-from fedoap.tensors import BlobManifest, UploadManifest
 from simulated.checks import Checks, is_intact
 from simulated.disk import Disk, FullError
 from simulated.network import Clock, Faults

@@ -30,6 +30,7 @@ ENTRIES: Final = 1 << 16
 def many_worlds() -> Iterator[None]:
     """Let chunks and windows be small, and pure functions be remembered, as long as the context lasts."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedoap.manifests.CHUNK_BYTES", CHUNK_BYTES)
         patch.setattr("fedoap.tensors.CHUNK_BYTES", CHUNK_BYTES)
         patch.setattr("fedoap.protocol.uploads.Receiver", partial(Receiver, window_chunks=WINDOW_CHUNKS))
         patch.setattr("simulated.checks.MOST_CHUNKS", WINDOW_CHUNKS)

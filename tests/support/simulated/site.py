@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from federation_builders import FEDERATION_SECRET, curve, public, secret
 from fedoap.config import Plan
+from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.messages import Chunk, FromSite
 from fedoap.protocol.events import (
     BlobFailed,
@@ -31,7 +32,6 @@ from fedoap.protocol.events import (
 )
 from fedoap.protocol.site import Site
 from fedoap.seal import Seal, public_half
-from fedoap.tensors import BlobManifest, TaskManifest, UploadManifest
 from simulated.coordinator import NO_SPACE, CrashedError
 from simulated.disk import Disk, FullError
 from simulated.network import Clock, Faults

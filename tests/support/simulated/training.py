@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from federation_builders import blob
 from fedoap.config import Plan
+from fedoap.manifests import BlobManifest, TaskKind, TaskManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed, RecordOpened, Update
 from fedoap.protocol.history import Record
-from fedoap.tensors import BlobManifest, TaskKind, TaskManifest, UploadManifest
 
 Arrays = dict[str, NDArray[np.generic]]
 SHAPES = {"conv.weight": (5, 7), "norm.bias": (3,)}
