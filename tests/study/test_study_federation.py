@@ -126,6 +126,21 @@ def test_figures_hold_each_round_of_each_site_and_the_bytes_that_manifests_name(
     ]
 
 
+def test_packed_updates_change_nothing_but_the_bytes_that_travel(
+    config: SimulationConfig, ran: tuple[Path, FederationRun], tmp_path: Path
+) -> None:
+    """Planted bug: the bytes of the plain update are counted."""
+    folder, run = ran
+    wire = config.federation.wire.model_copy(update={"updates": "packed"})
+    packed = config.model_copy(update={"federation": config.federation.model_copy(update={"wire": wire})})
+
+    again = run_federation(packed, tmp_path, no_report)
+
+    assert left(tmp_path) == left(folder)
+    sent = [[one.bytes_sent for one in each.rounds if one.stage == "train"] for each in (again, run)]
+    assert sum(sent[0]) < 0.95 * sum(sent[1])
+
+
 def test_models_lie_where_commands_find_them_and_nothing_else_is_left(ran: tuple[Path, FederationRun]) -> None:
     folder, _ = ran
     record = ModelRecord.model_validate_json((folder / "home" / "a" / "model" / "model.json").read_bytes())
