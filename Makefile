@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python -Im pytest benchmarks --benchmark-only
 	PYTHONPATH=. $(BIN)/python benchmarks/rounds.py
 	PYTHONPATH=. $(BIN)/python benchmarks/scale.py
+	PYTHONPATH=. $(BIN)/python benchmarks/packing.py
 
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(SOAK)

@@ -84,10 +84,8 @@ def row(folder: Path, steps: int, dtype: Dtype, before: dict[str, np.ndarray], a
         for name, state in zip(names, (before, after, zeros), strict=True)
     )
     plain = 4 * sum(one.size for one in after.values())
-    packed, update = (
-        folder / "packed",
-        UploadManifest(bytes(32), "site", 1, (), pack_blob(*new, *old, folder / "packed")),
-    )
+    packed = folder / "packed"
+    update = UploadManifest(bytes(32), "site", 1, (), pack_blob(*new, *old, packed))
     assert PackedUpdate(packed, update, old).read(0, new[1].size) == new[0].read_bytes()
     alone = pack_blob(*new, *nothing, folder / "alone").size
     sizes = (new[1].size, alone, xor_size(new[0], old[0], ITEM_BYTES[dtype]), update.blob.size)

@@ -80,13 +80,14 @@ def test_an_upload_survives_packing(upload: UploadManifest) -> None:
 def test_garbled_manifests_raise_nothing_but_tensors_error(
     upload: UploadManifest, task: TaskManifest, data: st.DataObject
 ) -> None:
-    """Planted bug: `_unpack` that lets `UnicodeDecodeError` through."""
+    """What is taken all the same says the same again. Planted bug: `_unpack` that lets `UnicodeDecodeError` through."""
     for packed, unpack in ((upload.pack(), UploadManifest.unpack), (task.pack(), TaskManifest.unpack)):
         garbled = bytearray(packed)
         for _ in range(data.draw(st.integers(1, 5))):
             garbled[data.draw(st.integers(0, len(garbled) - 1))] = data.draw(st.integers(0, 255))
         with contextlib.suppress(TensorsError):
-            unpack(bytes(garbled))
+            taken = unpack(bytes(garbled))
+            assert unpack(taken.pack()) == taken
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=3) | st.binary()
@@ -112,7 +113,8 @@ def test_manifests_with_a_part_of_another_type_raise_nothing_but_tensors_error(
     for manifest, unpack in kinds:
         spoilt = _spoilt(msgpack.unpackb(manifest.pack()), data.draw)
         with contextlib.suppress(TensorsError):
-            unpack(msgpack.packb(spoilt))
+            taken = unpack(msgpack.packb(spoilt))
+            assert unpack(taken.pack()) == taken
 
 
 def _packed(**changes: object) -> bytes:
