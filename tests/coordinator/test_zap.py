@@ -274,16 +274,15 @@ def test_the_self_test_passes_at_a_sound_port_and_leaves_no_key_behind(server: S
     assert server.hear(100) == []
 
 
-def test_the_self_test_finds_a_port_that_lets_strangers_in(context: Context, server: Server) -> None:
-    open_door = context.socket(zmq.ROUTER)
-    open_door.curve_server = True
-    open_door.curve_publickey, open_door.curve_secretkey = SERVER.public, SERVER.secret
-    server.zap.stop()
-    port = open_door.bind_to_random_port("tcp://127.0.0.1")
+def test_the_self_test_finds_a_port_that_lets_strangers_in(server: Server) -> None:
+    """The port has a context of its own: libzmq may ask a handler of the same context for a while after its end."""
+    with zmq.Context() as elsewhere, elsewhere.socket(zmq.ROUTER) as open_door:
+        open_door.curve_server = True
+        open_door.curve_publickey, open_door.curve_secretkey = SERVER.public, SERVER.secret
+        port = open_door.bind_to_random_port("tcp://127.0.0.1")
 
-    with pytest.raises(IdentityError, match=r"an unknown key was not refused .*handshake_succeeded"):
-        server.zap.prove(f"tcp://127.0.0.1:{port}", SERVER.public)
-    open_door.close()
+        with pytest.raises(IdentityError, match=r"an unknown key was not refused .*handshake_succeeded"):
+            server.zap.prove(f"tcp://127.0.0.1:{port}", SERVER.public)
 
 
 def test_the_self_test_does_not_pass_at_a_port_that_refuses_everybody(
