@@ -28,6 +28,8 @@ PACKED_BLOB, PACKED_MANIFEST = "packed.blob", "packed.manifest"
 """What travels in the update's place where the plan has updates packed."""
 SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
+GONE = "gone-"
+"""Begins the names of results on their way off the disk."""
 PERSONAL_PREFIX = "personal."
 """Names of tensors that never leave a site begin so."""
 
@@ -88,7 +90,7 @@ class Results:
         if self._durable:
             sync_tree(output)
         folder = self._work / work.hex()
-        remove(folder)
+        self.drop(work)
         output.rename(folder)
         self._sync(self._work)
         self._settle(folder)
@@ -121,7 +123,7 @@ class Results:
     def recover(self) -> None:
         """Remove what crashed workers left and do what a crash of ours left undone."""
         for path in self._work.iterdir():
-            if len(path.name) != 64:
+            if len(path.name) != 64 or not (path / RESULT).is_file():
                 remove(path)
         for folder in sorted(self._work.iterdir(), key=lambda folder: (folder / RESULT).stat().st_mtime_ns):
             self._settle(folder)
@@ -130,15 +132,27 @@ class Results:
         """Delete every kept result but this work's; the next worker writes over an update that nobody reads."""
         doomed = [path for path in self._work.iterdir() if path.name != work.hex()]
         for path in doomed:
-            if (path / UPDATE_BLOB).is_file():
-                self._spares.keep(path / UPDATE_BLOB)
-            remove(path)
+            self._drop(path)
         if doomed:  # else a power cut may bring a result back that by then has another's bytes
             sync_folder(self._work)
+
+    def drop(self, work: bytes) -> None:
+        """Delete this work's result, if there is one."""
+        if (folder := self._work / work.hex()).is_dir():
+            self._drop(folder)
 
     def close(self) -> None:
         """Delete what only this process can use."""
         self._spares.clear()
+
+    def _drop(self, folder: Path) -> None:
+        """Take a folder's name away, so that a crash leaves no result of which half is there, then delete it."""
+        gone = self._work / f"{GONE}{folder.name}"
+        remove(gone)
+        folder.rename(gone)
+        if (gone / UPDATE_BLOB).is_file():
+            self._spares.keep(gone / UPDATE_BLOB)
+        remove(gone)
 
     def _settle(self, folder: Path) -> None:
         left = folder / PERSONAL

@@ -8,7 +8,7 @@ from fedoap.errors import StorageError, TrainingError
 from fedoap.manifests import TaskManifest
 from fedoap.sitefolder import SiteFolder
 from fedoap_node.blobs import BlobStore
-from fedoap_node.files import remove, write_durably
+from fedoap_node.files import write_durably
 from fedoap_node.results import Result, Results
 
 
@@ -48,7 +48,7 @@ class SiteState:
         try:
             return self.results.find(manifest.work)
         except TrainingError:
-            remove(self.folder.state / "work" / manifest.work.hex())
+            self.results.drop(manifest.work)
             return None
 
     def commit(self, manifest: TaskManifest) -> None:

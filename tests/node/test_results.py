@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,6 +136,17 @@ def test_output_of_a_worker_that_never_finished_changes_nothing_and_is_removed(t
     assert again.find(b"\2" * 32) is None
     assert personal_round(again) == 1
     assert len(list((tmp_path / "hospital_a/state/work").iterdir())) == 1
+
+
+def test_a_folder_that_lost_its_result_stops_no_start(tmp_path: Path) -> None:
+    """Planted bug: whatever has a work's name taken for whole."""
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    (folder(tmp_path).state / "work" / WORK.hex() / "result.json").unlink()
+
+    results.recover()
+
+    assert results.find(WORK) is None
 
 
 def test_a_crash_between_result_and_promotion_is_made_good_at_the_next_start(tmp_path: Path) -> None:
@@ -276,9 +288,10 @@ def kill_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    for name in ("sync_folder", "sync_tree", "remove", "share", "write_durably"):
+    for name in ("sync_folder", "sync_tree", "share", "write_durably"):
         patch.setattr(results_module, name, dying(getattr(results_module, name)))
-    patch.setattr(Path, "rename", dying(Path.rename))
+    for name in ("rename", "unlink", "rmdir"):  # of each file: a folder may be left half deleted
+        patch.setattr(os, name, dying(getattr(os, name)))
 
 
 def test_a_kill_at_any_step_of_keeping_a_result_leaves_one_whole_personal_state(tmp_path: Path) -> None:
@@ -307,6 +320,44 @@ def test_a_kill_at_any_step_of_keeping_a_result_leaves_one_whole_personal_state(
             break
     assert set(seen) == {1, 2}
     assert whole
+
+
+def keep_the_second(results: Results) -> None:
+    results.keep_only(b"\2" * 32)
+
+
+def drop_the_first(results: Results) -> None:
+    results.drop(WORK)
+
+
+@pytest.mark.parametrize("delete", [keep_the_second, drop_the_first])
+def test_a_kill_at_any_step_of_deleting_results_leaves_each_whole_or_gone(
+    tmp_path: Path, delete: Callable[[Results], None]
+) -> None:
+    """Planted bug: a folder deleted under its own name."""
+    steps = 0
+    for step in range(40):
+        (place := tmp_path / str(step)).mkdir()
+        results, done = Results(folder(place)), False
+        for number, work in ((1, WORK), (2, b"\2" * 32)):
+            results.finish(work, worked(results, place, round_number=number, work=work))
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            kill_at(step, patch)
+            delete(results)
+            done = True
+
+        again = Results(folder(place))
+        again.recover()
+
+        assert again.find(b"\2" * 32)
+        assert personal_round(again) == 2
+        assert done <= (again.find(WORK) is None)
+        left = sorted(path.name for path in (folder(place).state / "work").iterdir())
+        assert left == [work.hex() for work in (WORK, b"\2" * 32) if again.find(work)]
+        steps = step
+        if done:
+            break
+    assert 5 < steps < 39
 
 
 def test_a_second_daemon_on_the_same_site_is_refused_and_named(tmp_path: Path) -> None:
