@@ -33,6 +33,7 @@ class Part:
 
 PARTS = (
     Part("power cuts", "tests/coordinator/test_power_loss.py"),
+    Part("node's power cuts", "tests/node/test_power_loss.py"),
     Part("line", "tests/end_to_end/test_line.py", "FEDOAP_LINE_MB", 200, "MB over 200 Mbit/s, 50 ms", "long_line"),
     Part("cuts", "tests/end_to_end/test_line.py", chosen="cuts"),
     Part("connections", "tests/end_to_end/test_fuzzing.py", "FEDOAP_FUZZ_CONNECTIONS", 100_000, "", "strangers"),

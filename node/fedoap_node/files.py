@@ -54,6 +54,7 @@ def share(source: Path, target: Path) -> None:
         draft.hardlink_to(source)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, draft)
+        sync_file(draft)
     draft.replace(target)
 
 

@@ -28,6 +28,8 @@ PACKED_BLOB, PACKED_MANIFEST = "packed.blob", "packed.manifest"
 """What travels in the update's place where the plan has updates packed."""
 SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
+ORDER = "order"
+"""Which of the kept results was finished after which: a number that only grows. Clocks may be set back."""
 GONE = "gone-"
 """Begins the names of results on their way off the disk."""
 PERSONAL_PREFIX = "personal."
@@ -87,6 +89,7 @@ class Results:
         """
         _read(output)
         self._pack(output)
+        (output / ORDER).write_text(str(1 + max(map(_order, self._work.iterdir()), default=0)), encoding="utf-8")
         if self._durable:
             sync_tree(output)
         folder = self._work / work.hex()
@@ -125,7 +128,7 @@ class Results:
         for path in self._work.iterdir():
             if len(path.name) != 64 or not (path / RESULT).is_file():
                 remove(path)
-        for folder in sorted(self._work.iterdir(), key=lambda folder: (folder / RESULT).stat().st_mtime_ns):
+        for folder in sorted(self._work.iterdir(), key=_order):
             self._settle(folder)
 
     def keep_only(self, work: bytes) -> None:
@@ -203,6 +206,13 @@ class Results:
 
     def _generations(self) -> list[Path]:
         return sorted(path for path in self._personal.iterdir() if path.name.isdecimal())
+
+
+def _order(folder: Path) -> int:
+    try:
+        return int((folder / ORDER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
 
 
 def _pack(folder: Path) -> None:

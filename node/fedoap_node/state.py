@@ -5,6 +5,7 @@ import os
 
 from fedoap.config import Plan
 from fedoap.errors import StorageError, TrainingError
+from fedoap.identity import sync_folder
 from fedoap.manifests import TaskManifest
 from fedoap.sitefolder import SiteFolder
 from fedoap_node.blobs import BlobStore
@@ -27,6 +28,8 @@ class SiteState:
         self.results.recover()
         self.cache = folder.state / "cache"
         self.cache.mkdir(exist_ok=True)
+        for place in (folder.path, folder.state):  # what is made durable below needs a way there that is
+            sync_folder(place)
 
     def keep_plan(self, plan: bytes) -> None:
         """Keep the plan that the coordinator sent."""

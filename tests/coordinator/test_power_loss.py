@@ -142,7 +142,8 @@ def replay_all(recorder: Recorder, folder: Path) -> int:
     for moment in recorder.moments:
         for state in cuts(moment, rng):
             place = folder / "cut"
-            lay_out(state, moment.ledger, place, LEDGER)
+            lay_out(state, place)
+            (place / LEDGER).write_bytes(moment.ledger)
             check(place, moment.said)
             shutil.rmtree(place)
             count += 1

@@ -153,6 +153,7 @@ def test_a_crash_between_result_and_promotion_is_made_good_at_the_next_start(tmp
     results = Results(folder(tmp_path))
     results.finish(WORK, worked(results, tmp_path))
     output = worked(results, tmp_path, round_number=2, work=b"\2" * 32)
+    (output / "order").write_text("2")
     output.rename(output.with_name("02" * 32))
 
     again = Results(folder(tmp_path))

@@ -39,10 +39,10 @@ class Moment:
 
 @dataclass
 class Recorder:
-    """Takes down what happens to the files of a folder; those whose name begins with `ledger` are SQLite's."""
+    """Takes down what happens to the files of a folder; those whose name begins with `ledger`, if any, are SQLite's."""
 
     root: Path
-    ledger: str
+    ledger: str | None = None
     ignored: frozenset[str] = frozenset()
     """Steps that are to have no effect, so that a program without them can be looked at."""
     moments: list[Moment] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Recorder:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("fsync", "fdatasync"):
                 patch.setattr(os, name, self._syncing(name, getattr(os, name)))
-            for name in ("replace", "rename", "link", "unlink", "mkdir", "close", "pwrite"):
+            for name in ("replace", "rename", "link", "unlink", "mkdir", "rmdir", "close", "pwrite"):
                 patch.setattr(os, name, self._stepping(name, getattr(os, name)))
             yield self
         self.look("the end")
@@ -119,10 +119,12 @@ class Recorder:
         self._present |= {inode: (self.root / name).read_bytes() for name, inode in now.items() if inode != FOLDER}
 
     def _scan(self) -> dict[Path, int]:
-        found = [path for path in self.root.rglob("*") if not path.name.startswith(self.ledger)]
+        found = [path for path in self.root.rglob("*") if not (self.ledger and path.name.startswith(self.ledger))]
         return {path.relative_to(self.root): FOLDER if path.is_dir() else path.stat().st_ino for path in found}
 
     def _committed(self) -> bytes:
+        if self.ledger is None:
+            return b""
         with closing(sqlite3.connect(self.root / self.ledger)) as source, closing(sqlite3.connect(":memory:")) as copy:
             source.backup(copy)
             return copy.serialize()
@@ -146,10 +148,9 @@ def cuts(moment: Moment, rng: random.Random) -> Iterator[dict[Path, bytes | None
                 yield state
 
 
-def lay_out(state: dict[Path, bytes | None], ledger: bytes, folder: Path, name: str) -> None:
+def lay_out(state: dict[Path, bytes | None], folder: Path) -> None:
     """Make a folder of a state."""
     folder.mkdir()
-    (folder / name).write_bytes(ledger)
     for path, content in sorted(state.items()):
         if content is None:
             (folder / path).mkdir()
