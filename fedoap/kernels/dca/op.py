@@ -22,6 +22,7 @@ from fedoap.kernels.dca.problem import (
     Precision,
     Problem,
     Wanted,
+    inner_contiguous,
     unfilled,
     unfilled_gradients,
 )
@@ -44,7 +45,7 @@ _BACK = "Tensor[] saved, Tensor dout, Tensor? dlse, bool[] wanted"
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return attention and log-sum-exp, both differentiable once."""
     p = problem
-    q, k, v, bank_k, bank_v = map(_inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
+    q, k, v, bank_k, bank_v = map(inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
     tensors = (q, k, v, bank_k, bank_v, p.bias, p.gate)
     if not is_plain(*tensors):
         out, lse, *_ = dca_forward(*tensors, p.scale, p.precision)
@@ -213,11 +214,6 @@ def _is_flash(problem: Problem, channels: Mapping[Numbers, int]) -> bool:
     """Return whether the flash route takes this problem, if it takes so many channels."""
     accurate = problem.q.dtype == torch.float32 and problem.precision != "tf32"
     return problem.q.shape[3] <= channels[numbers(problem.q.dtype)] and not accurate
-
-
-def _inner_contiguous(x: Tensor) -> Tensor:
-    """Return x, copied where neighbours on its last axis are not neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _saved(attended: Attended) -> Saved:
