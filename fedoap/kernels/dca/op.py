@@ -16,6 +16,7 @@ from typing import NoReturn, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fedoap.kernels.dca.checks import NAME
 from fedoap.kernels.dca.problem import (
     Attended,
     Gradients,
@@ -27,7 +28,7 @@ from fedoap.kernels.dca.problem import (
     unfilled_gradients,
 )
 from fedoap.kernels.dca.tiles import BACKWARD_CHANNELS, FORWARD_CHANNELS, Numbers, numbers
-from fedoap.kernels.shortcut import asks_for_gradient, is_plain
+from fedoap.kernels.shortcut import asks_for_gradient, is_plain, refuse_tangents
 
 Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """out, lse, local_out, bank_out, weights, pivots of `Attended`; empty for None, which operators cannot return."""
@@ -47,6 +48,7 @@ def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     p = problem
     q, k, v, bank_k, bank_v = map(inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
     tensors = (q, k, v, bank_k, bank_v, p.bias, p.gate)
+    refuse_tangents(NAME, *tensors)
     if not is_plain(*tensors):
         out, lse, *_ = dca_forward(*tensors, p.scale, p.precision)
     elif asks_for_gradient(*tensors):
@@ -207,7 +209,7 @@ def _differentiate(
 
 
 def _refuse(ctx: object, *_: object) -> NoReturn:
-    raise RuntimeError("decoupled_cross_attention: its gradient is differentiated, but has no derivative in Triton")
+    raise RuntimeError(f"{NAME}: its gradient is differentiated, but has no derivative in Triton")
 
 
 def _is_flash(problem: Problem, channels: Mapping[Numbers, int]) -> bool:

@@ -9,8 +9,9 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from fedoap.kernels.pbl.checks import NAME
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe, Region
-from fedoap.kernels.shortcut import asks_for_gradient, is_plain
+from fedoap.kernels.shortcut import asks_for_gradient, is_plain, refuse_tangents
 
 _Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Loss, each sample's clean loss, perturbed loss and voxels, then `sums` and `marks` of forward.Found."""
@@ -19,6 +20,7 @@ _Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> tuple[Tensor, BoundaryParts]:
     """Return what `reference.loss_and_parts` does, of a batch that has voxels, by kernels."""
     options = _options(recipe)
+    refuse_tangents(NAME, logits, target)
     if not is_plain(logits, target, seed):
         loss, clean, perturbed, voxels, *_ = pbl_forward(logits, target, seed, *options)
     elif asks_for_gradient(logits):
@@ -30,6 +32,7 @@ def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe)
 
 def perturb(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> Perturbed:
     """Return what `reference.perturb` does, of a batch that has voxels, by a kernel."""
+    refuse_tangents(NAME, logits, target)
     noisy, region = perturbed_boundary(logits, target, seed, *_options(recipe))
     return Perturbed(region, noisy)
 
