@@ -8,8 +8,10 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from fedoap.kernels.once import once_differentiable
+from fedoap.kernels.pbl.checks import NAME
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe
 from fedoap.kernels.philox import normal
 
@@ -74,7 +76,7 @@ class _Loss(torch.autograd.Function):
         return loss, clean, noisy, voxels
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(NAME)
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         (dz,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return dz * grad, None, None, None
