@@ -135,4 +135,4 @@ def _problem(
     if gate is not None:
         by_row = gate.view(1, heads, 1) if gate.shape == (heads,) else gate
         gate = by_row.to(wide).expand(batch, heads, queries)
-    return Problem(*tokens, bias, gate, channels**-0.5 if scale is None else scale, precision)
+    return Problem(*tokens, bias, gate, max(1, channels) ** -0.5 if scale is None else scale, precision)
