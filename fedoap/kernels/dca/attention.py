@@ -3,6 +3,7 @@
 B batch, H heads, N queries, L local keys, M bank slots, D channels of a head.
 """
 
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -80,7 +81,7 @@ def decoupled_cross_attention(
         out, lse = op.attend(_problem(tokens, slot_bias, gate, scale, _precision(tokens[0], precision)))
     else:
         check_eager_precision(q, precision)
-        with torch.autocast(q.device.type, enabled=False):
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
             out, lse = reference.attend(_problem(tokens, slot_bias, gate, scale, "ieee"))
     return (out, lse) if return_lse else out
 
@@ -111,10 +112,11 @@ def _allows_tf32() -> bool:
 
 
 def _autocast(*tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the tokens in autocast's dtype where autocast is on."""
+    """Return the tokens in autocast's dtype where autocast is on; like PyTorch's own, it leaves float64 alone."""
     device = tokens[0].device.type
-    if torch.is_autocast_enabled(device):
-        tokens = tuple(x.to(torch.get_autocast_dtype(device)) for x in tokens)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+        tokens = tuple(x.to(narrow) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tokens)
     q, k, v, bank_k, bank_v = tokens
     return q, k, v, bank_k, bank_v
 
@@ -133,4 +135,4 @@ def _problem(
     if gate is not None:
         by_row = gate.view(1, heads, 1) if gate.shape == (heads,) else gate
         gate = by_row.to(wide).expand(batch, heads, queries)
-    return Problem(*tokens, bias, gate, channels**-0.5 if scale is None else scale, precision)
+    return Problem(*tokens, bias, gate, max(1, channels) ** -0.5 if scale is None else scale, precision)

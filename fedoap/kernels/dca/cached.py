@@ -17,10 +17,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fedoap.kernels.dca import fused
+from fedoap.kernels.dca.checks import NAME
 from fedoap.kernels.dca.problem import Gradients, Problem, Wanted, dense_like, unfilled_gradients
+from fedoap.kernels.once import once_differentiable
 
 CPU_WEIGHTS, GPU_WEIGHTS = 2**21, 2**26
 """Numbers in the weights of one part: 8 MiB, which a CPU's caches hold; what keeps a GPU busy."""
@@ -104,14 +105,15 @@ class _Attention(torch.autograd.Function):
         return out, lse if gate is not None else lse[0]
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(NAME)
     def backward(ctx: "_Context", dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, bank_k, bank_v, bias, gate, out, lse, *weights = ctx.saved_tensors
         kept = [_Weights(*weights[i : i + 4]) for i in range(0, len(weights), 4)]
         problem = Problem(q, k, v, bank_k, bank_v, bias, gate, ctx.scale, "ieee")
         dout = torch.zeros_like(q) if dout is None else dout
         dlse = torch.zeros_like(lse) if dlse is None else dlse.view_as(lse)
-        got = _backward(problem, out, lse, dout, dlse, Wanted(*ctx.needs_input_grad[:7]), kept)
+        with torch.autocast(q.device.type, enabled=False):  # it may be on around backward() too
+            got = _backward(problem, out, lse, dout, dlse, Wanted(*ctx.needs_input_grad[:7]), kept)
         return got.q, got.k, got.v, got.bank_k, got.bank_v, got.bias, got.gate, None, None
 
 

@@ -11,28 +11,32 @@ meet the bank as one batch element, so neither weights nor expanded banks are he
 import torch
 from torch import Tensor
 
-from fedoap.kernels.dca.problem import Problem, dense_like
+from fedoap.kernels.dca.problem import Problem, dense_like, inner_contiguous
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def suits(problem: Problem) -> bool:
     """Return whether PyTorch has such a kernel for these tensors."""
-    _, _, queries, length, _, channels = problem.sizes
-    return problem.q.device.type == "cpu" and problem.q.dtype == torch.float32 and min(queries, length, channels) > 0
+    batch, heads, queries, length, _, channels = problem.sizes
+    is_known = problem.q.device.type == "cpu" and problem.q.dtype == torch.float32
+    # given nothing to do, it divides by 0: the process dies
+    return is_known and min(batch, heads, queries, length, channels) > 0
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp (S, B, H, N) of the S softmaxes, for tensors that it suits."""
     p = problem
     batch, heads, queries, _, slots, channels = p.sizes
-    local, local_lse = _attention(p.q, p.k, p.v, scale=p.scale)
+    # the kernel takes for granted, unchecked, that channels lie side by side
+    q, k, v, bank_k, bank_v = map(inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
+    local, local_lse = _attention(q, k, v, scale=p.scale)
     if slots == 0:
         nothing = [torch.full_like(local_lse, -torch.inf)] if p.gate is not None else []
         return dense_like(p.q).copy_(local), torch.stack([local_lse, *nothing])
-    rows = p.q.transpose(0, 1).reshape(1, heads, batch * queries, channels)
+    rows = q.transpose(0, 1).reshape(1, heads, batch * queries, channels)
     mask = None if p.bias is None else p.bias[None, :, None].expand(-1, -1, batch * queries, -1)
-    bank, bank_lse = _attention(rows, p.bank_k[None], p.bank_v[None], attn_mask=mask, scale=p.scale)
+    bank, bank_lse = _attention(rows, bank_k[None], bank_v[None], attn_mask=mask, scale=p.scale)
     bank = bank.view(heads, batch, queries, channels).transpose(0, 1)
     bank_lse = bank_lse.view(heads, batch, queries).transpose(0, 1)
     if p.bias is not None:

@@ -16,17 +16,19 @@ from typing import NoReturn, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from fedoap.kernels.dca.checks import NAME
 from fedoap.kernels.dca.problem import (
     Attended,
     Gradients,
     Precision,
     Problem,
     Wanted,
+    inner_contiguous,
     unfilled,
     unfilled_gradients,
 )
 from fedoap.kernels.dca.tiles import BACKWARD_CHANNELS, FORWARD_CHANNELS, Numbers, numbers
-from fedoap.kernels.shortcut import asks_for_gradient, is_plain
+from fedoap.kernels.shortcut import asks_for_gradient, is_plain, refuse_tangents
 
 Saved: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """out, lse, local_out, bank_out, weights, pivots of `Attended`; empty for None, which operators cannot return."""
@@ -44,8 +46,9 @@ _BACK = "Tensor[] saved, Tensor dout, Tensor? dlse, bool[] wanted"
 def attend(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return attention and log-sum-exp, both differentiable once."""
     p = problem
-    q, k, v, bank_k, bank_v = map(_inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
+    q, k, v, bank_k, bank_v = map(inner_contiguous, (p.q, p.k, p.v, p.bank_k, p.bank_v))
     tensors = (q, k, v, bank_k, bank_v, p.bias, p.gate)
+    refuse_tangents(NAME, *tensors)
     if not is_plain(*tensors):
         out, lse, *_ = dca_forward(*tensors, p.scale, p.precision)
     elif asks_for_gradient(*tensors):
@@ -206,18 +209,13 @@ def _differentiate(
 
 
 def _refuse(ctx: object, *_: object) -> NoReturn:
-    raise RuntimeError("decoupled_cross_attention: its gradient is differentiated, but has no derivative in Triton")
+    raise RuntimeError(f"{NAME}: its gradient is differentiated, but has no derivative in Triton")
 
 
 def _is_flash(problem: Problem, channels: Mapping[Numbers, int]) -> bool:
     """Return whether the flash route takes this problem, if it takes so many channels."""
     accurate = problem.q.dtype == torch.float32 and problem.precision != "tf32"
     return problem.q.shape[3] <= channels[numbers(problem.q.dtype)] and not accurate
-
-
-def _inner_contiguous(x: Tensor) -> Tensor:
-    """Return x, copied where neighbours on its last axis are not neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _saved(attended: Attended) -> Saved:

@@ -112,6 +112,11 @@ def dense_like(x: Tensor) -> Tensor:
     return dense.permute([order.index(axis) for axis in range(x.dim())])
 
 
+def inner_contiguous(x: Tensor) -> Tensor:
+    """Return x, copied where neighbours on its last axis are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def ordered_like(x: Tensor, like: Tensor) -> Tensor:
     """Return x laid out in memory in the order of `like`'s strides, so that views of q work on the result."""
     order = _outermost_first(like.stride())

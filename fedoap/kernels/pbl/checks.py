@@ -9,7 +9,7 @@ from torch import Tensor
 from fedoap.kernels.pbl.problem import Element, Recipe, Region
 
 NAME = "perturbed_boundary_loss"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def seed_on(seed: Tensor | int, device: torch.device) -> Tensor:
@@ -18,6 +18,8 @@ def seed_on(seed: Tensor | int, device: torch.device) -> Tensor:
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"{NAME}: seed is {seed}, but must fit 64 bits")
         return torch.full((), seed, dtype=torch.int64, device=device)  # copies nothing from the host
+    if not isinstance(seed, Tensor):
+        raise ValueError(f"{NAME}: seed is {seed!r}, but must be an int or one int64")  # noqa: TRY004 - as all refusals
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"{NAME}: seed is {seed.dtype} of {seed.numel()} elements, but must be one int64")
     if seed.device != device:
@@ -48,31 +50,25 @@ def check_tensors(logits: Tensor, target: Tensor) -> None:
     shape = tuple(logits.shape)
     if len(shape) not in (4, 5) or shape[1] != 1:
         raise ValueError(f"{NAME}: logits have shape {shape}, but must be (B, 1, H, W) or (B, 1, D, H, W)")
-    if not logits.is_floating_point():
-        raise ValueError(f"{NAME}: logits are {logits.dtype}, but must be a float")
+    if logits.dtype not in _FLOATS:
+        raise ValueError(f"{NAME}: logits are {logits.dtype}, but must be a float of 16 to 64 bits")
     if tuple(target.shape) != shape:
         raise ValueError(f"{NAME}: target has shape {tuple(target.shape)}, but the logits have {shape}")
     if target.device != logits.device:
         raise ValueError(f"{NAME}: target is on {target.device}, but the logits are on {logits.device}")
-    if not target.is_floating_point() and target.dtype not in (torch.bool, torch.uint8):
-        raise ValueError(f"{NAME}: target is {target.dtype}, but must be bool, uint8 or a float")
-    _check_values(target)
+    if target.dtype not in (*_FLOATS, torch.bool, torch.uint8):
+        raise ValueError(f"{NAME}: target is {target.dtype}, but must be bool, uint8 or a float of 16 to 64 bits")
+    check_values(target)
 
 
-def unsupported(logits: Tensor, target: Tensor) -> str | None:
-    """Return what keeps kernels from running on tensors that passed the checks, if anything does."""
-    kept = [
-        f"{name} is {tensor.dtype}"
-        for name, tensor in (("logits", logits), ("target", target))
-        if tensor.dtype not in _DTYPES
-    ]
-    return kept[0] if kept else None
+def are_readable(target: Tensor) -> bool:
+    """Return whether a target's values were checked; reading them elsewhere would wait or break a graph."""
+    return target.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _check_values(target: Tensor) -> None:
-    if target.dtype == torch.bool or target.numel() == 0:
-        return
-    if target.device.type != "cpu" or torch.compiler.is_compiling():  # reading values would wait or break the graph
+def check_values(target: Tensor) -> None:
+    """Raise ValueError for values outside [0, 1] where they can be read."""
+    if target.dtype == torch.bool or target.numel() == 0 or not are_readable(target):
         return
     low, high = (float(value) for value in target.aminmax())
     if not (low >= 0 and high <= 1):  # also refuses NaN

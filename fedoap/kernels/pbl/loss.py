@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fedoap.kernels import backend as backends
 from fedoap.kernels.backend import Backend
-from fedoap.kernels.pbl import op, reference
-from fedoap.kernels.pbl.checks import NAME, check_recipe, check_tensors, seed_on, unsupported
+from fedoap.kernels.pbl import op, opaque, reference
+from fedoap.kernels.pbl.checks import NAME, check_recipe, check_tensors, seed_on
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe, Region
 
 
@@ -44,10 +44,11 @@ def perturbed_boundary(
     recipe = Recipe(region, radius, element, tau, sigma)
     check_recipe(recipe)
     check_tensors(logits, target)
-    chosen = backends.choose(backend, NAME, logits.device, unsupported(logits, target))
+    chosen = backends.choose(backend, NAME, logits.device)
     at = seed_on(seed, logits.device)
     if chosen == "eager" or logits.numel() == 0:
-        return reference.perturb(_widened(logits), target, at, recipe)
+        perturb = opaque.perturb if torch.compiler.is_compiling() else reference.perturb
+        return perturb(_widened(logits), target, at, recipe)
     return op.perturb(logits, target, at, recipe)
 
 
@@ -108,11 +109,12 @@ def perturbed_boundary_loss(
     recipe = Recipe(region, radius, element, tau, sigma, lam, smooth)
     check_recipe(recipe)
     check_tensors(logits, target)
-    chosen = backends.choose(backend, NAME, logits.device, unsupported(logits, target))
+    chosen = backends.choose(backend, NAME, logits.device)
     at = seed_on(seed, logits.device)
     with torch.autocast(logits.device.type, enabled=False):
         if chosen == "eager" or logits.numel() == 0:  # a batch without voxels has nothing for a kernel
-            loss, parts = reference.loss_and_parts(_widened(logits), target, at, recipe)
+            plain = opaque.loss_and_parts if torch.compiler.is_compiling() else reference.loss_and_parts
+            loss, parts = plain(_widened(logits), target, at, recipe)
         else:
             loss, parts = op.loss_and_parts(logits, target, at, recipe)
     return (loss, parts) if return_parts else loss

@@ -9,8 +9,9 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from fedoap.kernels.pbl.checks import NAME
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe, Region
-from fedoap.kernels.shortcut import asks_for_gradient, is_plain
+from fedoap.kernels.shortcut import asks_for_gradient, is_plain, refuse_tangents
 
 _Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Loss, each sample's clean loss, perturbed loss and voxels, then `sums` and `marks` of forward.Found."""
@@ -18,7 +19,8 @@ _Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> tuple[Tensor, BoundaryParts]:
     """Return what `reference.loss_and_parts` does, of a batch that has voxels, by kernels."""
-    options = _options(recipe)
+    options = options_of(recipe)
+    refuse_tangents(NAME, logits, target)
     if not is_plain(logits, target, seed):
         loss, clean, perturbed, voxels, *_ = pbl_forward(logits, target, seed, *options)
     elif asks_for_gradient(logits):
@@ -30,15 +32,18 @@ def loss_and_parts(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe)
 
 def perturb(logits: Tensor, target: Tensor, seed: Tensor, recipe: Recipe) -> Perturbed:
     """Return what `reference.perturb` does, of a batch that has voxels, by a kernel."""
-    noisy, region = perturbed_boundary(logits, target, seed, *_options(recipe))
+    refuse_tangents(NAME, logits, target)
+    noisy, region = perturbed_boundary(logits, target, seed, *options_of(recipe))
     return Perturbed(region, noisy)
 
 
-def _options(recipe: Recipe) -> tuple[str, int, str, float, float, float, float]:
+def options_of(recipe: Recipe) -> tuple[str, int, str, float, float, float, float]:
+    """Return a recipe's options as operators take them."""
     return (recipe.region, recipe.radius, recipe.element, recipe.tau, recipe.sigma, recipe.lam, recipe.smooth)
 
 
-def _recipe(region: str, radius: int, element: str, tau: float, sigma: float, lam: float, smooth: float) -> Recipe:
+def recipe_of(region: str, radius: int, element: str, tau: float, sigma: float, lam: float, smooth: float) -> Recipe:
+    """Return the recipe of an operator's options."""
     # a schema knows no Literal; the public functions have checked the names
     return Recipe(cast("Region", region), radius, cast("Element", element), tau, sigma, lam, smooth)
 
@@ -50,7 +55,7 @@ def _forward(
     """Return the loss, its parts, and what the backward pass needs."""
     from fedoap.kernels.pbl.forward import forward  # noqa: PLC0415
 
-    found = forward(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
+    found = forward(logits, target, seed, recipe_of(region, radius, element, tau, sigma, lam, smooth))
     return found.loss, found.clean, found.perturbed, found.voxels, found.sums, found.marks
 
 
@@ -66,7 +71,7 @@ def _(
     lines = planes[0] if len(planes) == 1 else planes[0] * planes[1]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     loss, clean, noisy, sums = (logits.new_empty(shape, dtype=dtype) for shape in ((), batch, batch, (batch, 5)))
-    marked = _recipe(region, radius, element, tau, sigma, lam, smooth).marked
+    marked = recipe_of(region, radius, element, tau, sigma, lam, smooth).marked
     marks = logits.new_empty((batch, lines, (width + 31) // 32) if marked else 0, dtype=torch.int32)
     return loss, clean, noisy, logits.new_empty(batch, dtype=torch.int64), sums, marks
 
@@ -78,7 +83,7 @@ def _backward(
     """Return the gradient of the logits; it has no derivative itself."""
     from fedoap.kernels.pbl.backward import backward  # noqa: PLC0415
 
-    recipe = _recipe(region, radius, element, tau, sigma, lam, smooth)
+    recipe = recipe_of(region, radius, element, tau, sigma, lam, smooth)
     return backward(grad, logits, target, seed, sums, marks, recipe)
 
 
@@ -144,7 +149,7 @@ def perturbed_boundary(
     """Return the perturbed logits, whose gradient is that of the logits, and the region."""
     from fedoap.kernels.pbl.extraction import extract  # noqa: PLC0415
 
-    found, noisy = extract(logits, target, seed, _recipe(region, radius, element, tau, sigma, lam, smooth))
+    found, noisy = extract(logits, target, seed, recipe_of(region, radius, element, tau, sigma, lam, smooth))
     return noisy, found
 
 

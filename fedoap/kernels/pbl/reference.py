@@ -8,8 +8,10 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from fedoap.kernels.once import once_differentiable
+from fedoap.kernels.pbl.checks import NAME, are_readable
 from fedoap.kernels.pbl.problem import BoundaryParts, Element, Perturbed, Recipe
 from fedoap.kernels.philox import normal
 
@@ -59,32 +61,44 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, z: Tensor, target: Tensor, seed: Tensor, recipe: Recipe
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        region = _region(z, target, recipe)
-        voxels = region.flatten(1).sum(1)
-        if z.numel() == 0:
-            none = z.new_zeros(z.shape[0])
-            ctx.save_for_backward(torch.zeros_like(z))
-            loss, clean, noisy = none.sum(), none, none.clone()
-        else:
-            wanted = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-            loss, clean, noisy, dz = _loss_and_slope(z, target, seed, region, recipe, with_slope=wanted)
-            if dz is not None:
-                ctx.save_for_backward(dz)
+        wanted = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
+        loss, clean, noisy, voxels, dz = evaluate(z, target, seed, recipe, with_slope=wanted)
+        if dz is not None:
+            ctx.save_for_backward(dz)
         ctx.mark_non_differentiable(clean, noisy, voxels)
         return loss, clean, noisy, voxels
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(NAME)
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         (dz,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return dz * grad, None, None, None
+
+
+def evaluate(
+    z: Tensor, target: Tensor, seed: Tensor, recipe: Recipe, *, with_slope: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the loss, each sample's clean loss, perturbed loss and voxels, and the loss's gradient if asked for."""
+    region = _region(z, target, recipe)
+    voxels = region.flatten(1).sum(1)
+    if z.numel() == 0:
+        none = z.new_zeros(z.shape[0])
+        return none.sum(), none, none.clone(), voxels, torch.zeros_like(z) if with_slope else None
+    loss, clean, noisy, dz = _loss_and_slope(z, target, seed, region, recipe, with_slope=with_slope)
+    return loss, clean, noisy, voxels, dz
+
+
+def _fair(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the target as numbers, NaN where it is outside [0, 1] and nobody looked."""
+    y = target.to(dtype)
+    return y if are_readable(target) else torch.where((y >= 0) & (y <= 1), y, torch.nan)
 
 
 def _loss_and_slope(
     z: Tensor, target: Tensor, seed: Tensor, region: Tensor, recipe: Recipe, *, with_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     batch, volume, smooth = z.shape[0], z[0].numel(), recipe.smooth
-    flat, y = z.reshape(batch, volume), target.reshape(batch, volume).to(z.dtype)
+    flat, y = z.reshape(batch, volume), _fair(target, z.dtype).reshape(batch, volume)
     at = _Logistic.of(flat, y)
     sums = _Sums(at.bce.sum(1), at.p.sum(1), y.sum(1), torch.linalg.vecdot(at.p, y))
 

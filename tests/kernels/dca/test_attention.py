@@ -266,6 +266,14 @@ def test_an_empty_bank_gives_plain_attention() -> None:
     torch.testing.assert_close(out, plain, rtol=0, atol=1e-14)
 
 
+def test_tokens_without_channels_weigh_all_keys_alike() -> None:
+    """Planted bug: the scale 1 / sqrt(D), which divides by 0."""
+    out, lse = attend(operands(Sizes(channels=0)) | {"slot_bias": torch.zeros(2, 6)})
+
+    assert out.shape == (2, 2, 5, 0)
+    torch.testing.assert_close(lse, torch.full((2, 2, 5), math.log(10), dtype=torch.float64))
+
+
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 def test_huge_logits_stay_finite(shift: float) -> None:
     inputs = operands(Sizes(local=0), torch.float32)
