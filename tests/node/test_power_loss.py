@@ -48,7 +48,9 @@ def test_no_power_cut_loses_what_the_coordinator_may_know_of_or_stops_a_start(fa
 
     assert len(recorder.said) == 4 * ROUNDS
     assert states > 500
-    sys.stdout.write(f"\nnode's power cuts: {states} states of its folder at {len(recorder.moments)} steps: all whole\n")
+    sys.stdout.write(
+        f"\nnode's power cuts: {states} states of its folder at {len(recorder.moments)} steps: all whole\n"
+    )
 
 
 @pytest.mark.parametrize(
