@@ -5,8 +5,7 @@ import os
 import random
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,15 +32,6 @@ SITES = ("hospital_a", "hospital_b")
 SIZE = 1000
 HALF = public_half(EXCHANGE)
 Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-@pytest.fixture
-def fast_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: thousands of databases with real fsyncs take minutes."""
-    memory = Path("/dev/shm")  # noqa: S108
-    folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_no_power_cut_loses_what_was_acknowledged(fast_folder: Path) -> None:

@@ -4,8 +4,7 @@ import json
 import random
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -29,15 +28,6 @@ PLAN = Plan(federation="f", network=NetworkConfig(width=4, depth=1), data=DataCo
 ROUNDS, VALUES = 3, 600
 GOES_ON = 10
 """On one state of so many the next round is done too."""
-
-
-@pytest.fixture
-def fast_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: so many real fsyncs take minutes."""
-    memory = Path("/dev/shm")  # noqa: S108
-    folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else tmp_path))
-    yield folder
-    shutil.rmtree(folder)
 
 
 def test_no_power_cut_loses_what_the_coordinator_may_know_of_or_stops_a_start(fast_folder: Path) -> None:
