@@ -61,6 +61,21 @@ def test_what_comes_after_the_last_round_is_no_round() -> None:
     assert "round 21" not in out.getvalue()
 
 
+def test_a_reason_that_counts_seconds_is_one_line() -> None:
+    """Planted bug: a line a second, as long as a site was away or an attempt had to wait."""
+    out = io.StringIO()
+    console = PlainConsole(Terminal(file=out, width=120), Clock())
+    for seconds in (63, 64, 65):
+        console.show(View(status(reason=f"1 of 2 sites are here: waiting for b (silent for {seconds} s)"), {}, 0.0))
+    console.show(View(status(reason="train of round 3 is tried again in 30 s; it failed because of b"), {}, 0.0))
+    console.show(View(status(reason="train of round 3 is tried again in 29 s; it failed because of b"), {}, 0.0))
+
+    assert [line[9:34] for line in out.getvalue().splitlines()] == [
+        "1 of 2 sites are here: wa",
+        "train of round 3 is tried",
+    ]
+
+
 def test_plain_lines_hold_no_markup_and_progress_comes_now_and_then() -> None:
     out, clock = io.StringIO(), Clock()
     console = PlainConsole(Terminal(file=out, width=40), clock)
