@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 import fedoap
 from fedoap.config import FederationConfig, ModelRecord, load_federation
 from fedoap.errors import FedoapError, StorageError
+from fedoap.identity import TASK_CONTEXT, sign
 from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened
 from fedoap.seal import sealed_at
@@ -44,14 +45,15 @@ def run(fed_toml: Path, *words: str) -> Result:
 def with_one_round(config: FederationConfig) -> None:
     """Leave a finished `init` exchange of hospital_a in the configured state folder."""
     state = config.coordinator.state
-    prepare(state)
+    keys = prepare(state)
     manifest = TaskManifest("demo", config.plan.digest, "init", 0, 1, ("hospital_a",), 600)
     source = state / "made"
     blob = write_blob(source, {"weight": np.full(10, 7.0, np.float32)})
     upload = UploadManifest(b"t" * 32, "hospital_a", 12, (("loss", 0.25),), blob)
     with open_ledger(config) as ledger:
         store = open_store(ledger, state)
-        store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), b"s" * 64))
+        signature = sign(keys.signing.secret, TASK_CONTEXT, manifest.pack())
+        store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), signature))
         store.apply(OpenPart(b"u" * 32, sealed_at(blob, blob.size)))
         store.apply(FinishPart(b"u" * 32, blob, upload, "hospital_a", b"s" * 64))
         store.publish(Made(blob, source))
