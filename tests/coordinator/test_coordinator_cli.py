@@ -203,6 +203,11 @@ def test_results_are_json_with_every_exchange(fed_toml: Path) -> None:
     assert "hospital_a  cases 12  bytes 40  loss 0.25" in run(fed_toml, "results").output
 
 
+def test_results_of_a_run_that_has_not_begun_are_said(fed_toml: Path) -> None:
+    """Planted bug: an empty line."""
+    assert run(fed_toml, "results").output == "no exchange was opened yet\n"
+
+
 def test_export_writes_a_model_folder_that_stands_alone(fed_toml: Path, tmp_path: Path) -> None:
     config = load_federation(fed_toml)
     with_one_round(config)
