@@ -15,7 +15,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedoap.errors import ConfigError
-from fedoap.fields import PROXY_PATTERN, Dialled, Endpoint, Fraction, Frozen, MetricsAddress, Name, Positive
+from fedoap.fields import (
+    LARGEST_PORT,
+    PROXY_PATTERN,
+    Dialled,
+    Endpoint,
+    Fraction,
+    Frozen,
+    MetricsAddress,
+    Name,
+    Positive,
+)
 from fedoap.inputs import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.strategyconfig import StrategyConfig as StrategyConfig  # noqa: PLC0414 - the name is found here too
 from fedoap.toml import first_line, load_toml
@@ -302,6 +312,8 @@ class SiteNetwork(Frozen):
     def _is_a_proxy(cls, url: str | None) -> str | None:
         if url is not None and not re.match(PROXY_PATTERN, url):  # never shown: it may hold a password
             raise ValueError("must be socks5://host:port or http://host:port, with user:password@ before the host")
+        if url is not None and not 1 <= (port := int(url.rpartition(":")[2])) <= LARGEST_PORT:
+            raise ValueError(f"has port {port}, but must have one of 1 to {LARGEST_PORT}")
         return url
 
 

@@ -193,6 +193,16 @@ def test_a_misspelt_key_of_a_site_names_the_nearest(tmp_path: Path) -> None:
         load_site(tmp_path / "site.toml")
 
 
+def test_a_proxys_port_is_one_and_its_password_stays_unsaid(tmp_path: Path) -> None:
+    """Planted bug: port 99999 was dialled as 34463, and `connection refused` was all that anybody heard."""
+    (tmp_path / "site.toml").write_text('network.proxy = "http://user:secret@proxy.example.org:99999"')
+
+    with pytest.raises(ConfigError, match=r"network\.proxy: has port 99999, but must have one of 1 to 65535") as caught:
+        load_site(tmp_path / "site.toml")
+
+    assert "secret" not in str(caught.value)
+
+
 def _write(folder: Path, text: str) -> Path:
     file = folder / "fed.toml"
     file.write_text(text)

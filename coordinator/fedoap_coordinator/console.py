@@ -68,7 +68,8 @@ def sentence(note: Note) -> str:
     pattern = SENTENCES.get(note.event)
     try:
         if pattern:
-            return pattern.format_map({**note.fields, **_work(note)}) + _dice(note)
+            who = {"site": note.fields.get("site") or "somebody"}  # whose key nobody knows has no name
+            return pattern.format_map({**note.fields, **who, **_work(note)}) + _dice(note)
     except (KeyError, ValueError):
         pass
     return " ".join([note.event, *(f"{name}={value}" for name, value in note.fields.items())])

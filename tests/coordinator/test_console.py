@@ -39,9 +39,12 @@ def test_who_is_waited_for_since_when_and_until_when() -> None:
 
 
 def test_a_note_is_a_sentence_and_an_unknown_or_incomplete_one_is_still_shown() -> None:
+    """Planted bug: ` was refused`, without a subject, for a key that nobody knows."""
     assert sentence(Note("ready", {"endpoint": "tcp://[::1]:7"})) == "ready tcp://[::1]:7"
     assert sentence(progress(20)) == "hospital_a: train of round 3, step 20/50, loss 0.5000, Dice 0.750"
     assert sentence(progress(20, dice=-1.0)) == "hospital_a: train of round 3, step 20/50, loss 0.5000"
+    knock: dict[str, str | int | float] = {"site": "", "code": "unknown_site", "reason": "key ab is not enrolled"}
+    assert sentence(Note("refused", knock)) == "somebody was refused (unknown_site): key ab is not enrolled"
     assert sentence(Note("site_progress", {"site": "a"})) == "site_progress site=a"
     assert sentence(Note("novelty", {"x": 1})) == "novelty x=1"
 
