@@ -15,7 +15,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedoap.errors import ConfigError
-from fedoap.fields import PROXY_PATTERN, Endpoint, Fraction, Frozen, Name, Positive
+from fedoap.fields import (
+    LARGEST_PORT,
+    PROXY_PATTERN,
+    Dialled,
+    Endpoint,
+    Fraction,
+    Frozen,
+    MetricsAddress,
+    Name,
+    Positive,
+)
 from fedoap.inputs import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.strategyconfig import StrategyConfig as StrategyConfig  # noqa: PLC0414 - the name is found here too
 from fedoap.toml import first_line, load_toml
@@ -165,14 +175,20 @@ class CoordinatorConfig(Frozen):
     """Where the coordinator listens and keeps its state."""
 
     bind: Endpoint = "tcp://0.0.0.0:7470"
-    advertise: Endpoint | None = None
+    advertise: Dialled | None = None
     """Address that invitations name: what the sites can reach; `bind`, or this machine, where not given."""
     state: Path = Path("state")
     """Folder for keys, ledger and blobs; relative paths start at the file's folder."""
     uploads_at_once: Annotated[int, Field(ge=1)] = 8
     """Sites that may upload at the same time; bounds the coordinator's memory."""
-    metrics: Annotated[str, Field(pattern=r"^(([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]):)?\d{1,5}$")] | None = None
+    metrics: MetricsAddress | None = None
     """`host:port`, or a port on 127.0.0.1, to serve figures for Prometheus at; not served where not given."""
+
+    @model_validator(mode="after")
+    def _invitations_name_a_port(self) -> Self:
+        if self.advertise is not None and self.advertise.endswith(":*") and not self.bind.endswith(":*"):
+            raise ValueError(f"advertise is {self.advertise}, but must name a port, as bind does")
+        return self
 
 
 class RoundsConfig(Frozen):
@@ -296,6 +312,8 @@ class SiteNetwork(Frozen):
     def _is_a_proxy(cls, url: str | None) -> str | None:
         if url is not None and not re.match(PROXY_PATTERN, url):  # never shown: it may hold a password
             raise ValueError("must be socks5://host:port or http://host:port, with user:password@ before the host")
+        if url is not None and not 1 <= (port := int(url.rpartition(":")[2])) <= LARGEST_PORT:
+            raise ValueError(f"has port {port}, but must have one of 1 to {LARGEST_PORT}")
         return url
 
 

@@ -80,6 +80,10 @@ def first_line(error: ValidationError, model: type[BaseModel]) -> str:
             return f"{key} is missing"
         case "value_error":
             return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        case "tuple_type":
+            return f"{key} is {first['input']!r}, but must be a list"
+        case "model_type":
+            return f"{key} is {first['input']!r}, but must be a table: [{key}]"
         case _:
             text = first["msg"][0].lower() + first["msg"][1:]
             return f"{key} is {first['input']!r}, but {text}"

@@ -111,10 +111,21 @@ def test_a_plan_survives_its_bytes_and_any_change_shows_in_its_digest() -> None:
         ("[data]\npatch = [64, 0]", "data.patch is (64, 0), but each number must be a multiple of"),
         ("[data]\npatch = [64, 144]", "data.patch is (64, 144), but must fit into data.size = (128, 128)"),
         ("[data]\noverlap = 1", "data.overlap is 1, but input should be less than 1"),
-        ('[coordinator]\nbind = "0.0.0.0:7470"', "coordinator.bind is '0.0.0.0:7470', but "),
+        ('[coordinator]\nbind = "0.0.0.0:7470"', "coordinator.bind: '0.0.0.0:7470' is not tcp://HOST:PORT"),
+        ('[coordinator]\nbind = "tcp://127.0.0.1:99999"', "coordinator.bind: port is 99999, but must be 1 to 65535"),
+        ('[coordinator]\nbind = "tcp://127.0.0.1:0"', "coordinator.bind: port is 0, but must be 1 to 65535, or *"),
+        ('[coordinator]\nmetrics = "99999"', "coordinator.metrics: port is 99999, but must be at most 65535"),
+        ('[coordinator]\nmetrics = "here"', "coordinator.metrics: 'here' is not HOST:PORT, or a port on"),
+        ('[coordinator]\nadvertise = "tcp://*:7470"', "coordinator.advertise: host is *, which nobody can dial"),
+        ('[coordinator]\nadvertise = "tcp://0.0.0.0:7470"', "coordinator.advertise: host is 0.0.0.0, which nobody can"),
+        ('[coordinator]\nadvertise = "tcp://[::]:7470"', "coordinator.advertise: host is [::], which nobody can dial"),
+        ('[coordinator]\nadvertise = "tcp://f.org:*"', "coordinator: advertise is tcp://f.org:*, but must name a port"),
+        ("coordinator = 5", "coordinator is 5, but must be a table: [coordinator]"),
+        ("data.size = 64", "data.size is 64, but must be a list"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_key_and_expectation(tmp_path: Path, text: str, expected: str) -> None:
+    """Planted bug: ports above 65535 were let through; libzmq listens at 34463 where 99999 is configured."""
     file = _write(tmp_path, f'federation = "f"\nsites = ["a", "b"]\n{text}\n')
 
     with pytest.raises(ConfigError) as caught:
@@ -131,8 +142,9 @@ def test_a_mistake_is_one_line_with_file_key_and_expectation(tmp_path: Path, tex
         ('federation = "f"', "sites is missing"),
         ('federation = "f"\nsites = []', "sites is [], but tuple should have at least 1 item"),
         ('federation = "f"\nsites = ["a", "a"]', "sites is ['a', 'a'], but each name may occur once"),
-        ('federation = "f"\nsites = ["A b"]', "sites.0 is 'A b', but string should match pattern"),
-        ('federation = "../f"\nsites = ["a"]', "federation is '../f', but string should match pattern"),
+        ('federation = "f"\nsites = ["A b"]', "sites.0: 'A b' is not 1 to 63 lower-case letters, digits"),
+        ('federation = "../f"\nsites = ["a"]', "federation: '../f' is not 1 to 63 lower-case letters"),
+        ('federation = "f\\n"\nsites = ["a"]', "federation: 'f\\n' is not 1 to 63"),
         ('federation = "f"\nsite = ["a"]', "unknown key site; did you mean sites?"),
         ('federation = "f"\nfederation = "g"', "Cannot overwrite a value"),
         ('federation = "f', "Unterminated string"),
@@ -179,6 +191,16 @@ def test_a_misspelt_key_of_a_site_names_the_nearest(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"unknown key data\.modalty; did you mean data\.modality\?"):
         load_site(tmp_path / "site.toml")
+
+
+def test_a_proxys_port_is_one_and_its_password_stays_unsaid(tmp_path: Path) -> None:
+    """Planted bug: port 99999 was dialled as 34463, and `connection refused` was all that anybody heard."""
+    (tmp_path / "site.toml").write_text('network.proxy = "http://user:secret@proxy.example.org:99999"')
+
+    with pytest.raises(ConfigError, match=r"network\.proxy: has port 99999, but must have one of 1 to 65535") as caught:
+        load_site(tmp_path / "site.toml")
+
+    assert "secret" not in str(caught.value)
 
 
 def _write(folder: Path, text: str) -> Path:

@@ -19,7 +19,7 @@ from fedoap.identity import SECRET_BYTES, fingerprint, read_private, signing_key
 from fedoap.strategies import check_federated
 from fedoap_coordinator import reports
 from fedoap_coordinator.enrolment import SECONDS_PER_HOUR, Enrolment, check_site
-from fedoap_coordinator.folder import Keys, is_local, open_ledger, prepare, running
+from fedoap_coordinator.folder import Keys, check_keys, is_local, open_ledger, prepare, running
 from fedoap_coordinator.ledger import Ledger
 
 HOURS_PER_YEAR = 8760
@@ -210,4 +210,5 @@ def _load(context: click.Context, path: Path | None) -> FederationConfig:
 def _opened(config: FederationConfig) -> Iterator[tuple[Keys, Ledger]]:
     keys = prepare(config.coordinator.state)
     with open_ledger(config) as ledger:
+        check_keys(ledger, keys)
         yield keys, ledger

@@ -3,6 +3,7 @@
 Both say who is waited for, since when and until when.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -67,7 +68,8 @@ def sentence(note: Note) -> str:
     pattern = SENTENCES.get(note.event)
     try:
         if pattern:
-            return pattern.format_map({**note.fields, **_work(note)}) + _dice(note)
+            who = {"site": note.fields.get("site") or "somebody"}  # whose key nobody knows has no name
+            return pattern.format_map({**note.fields, **who, **_work(note)}) + _dice(note)
     except (KeyError, ValueError):
         pass
     return " ".join([note.event, *(f"{name}={value}" for name, value in note.fields.items())])
@@ -126,7 +128,9 @@ class PlainConsole:
         """Print who is waited for when that changes."""
         status = view.status
         who = ", ".join(site.name for site in status.sites if site.state in WAITING_FOR)
-        key = f"{status.state} {status.round} {status.attempt} {who if status.state == 'open' else status.reason}"
+        # a reason counts seconds: a line for each of them, all night, would drown the journal
+        why = who if status.state == "open" else re.sub(r"\b\d+ s\b", "", status.reason)
+        key = f"{status.state} {status.round} {status.attempt} {why}"
         if key != self._waited:
             self._waited = key
             self._print(waited_for(status, datetime.now().astimezone()))

@@ -14,9 +14,12 @@ from typing import Literal, TypeAlias, TypeVar
 
 from fedoap.chain import Link
 from fedoap.errors import StorageError
+from fedoap_coordinator.damage import primary_code
 from fedoap_coordinator.ledger import BUSY_SECONDS, SCHEMA, SCHEMA_VERSION, Download, check_version
 
 T = TypeVar("T")
+UNAVAILABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
+"""Errors of the system around the file, by their lowest byte: another moment may go well."""
 Cell: TypeAlias = str | bytes | int | float | None
 
 
@@ -101,7 +104,12 @@ def read_rows(path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
                 return found
         return _look(path, "mode=ro", look)
     except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter from a message that quotes what is damaged
-        raise DamagedError(f"{path}: ledger cannot be read: {error}") from None
+        said = f"{path}: ledger cannot be read: {error}"
+        if primary_code(error) in UNAVAILABLE:
+            raise StorageError(
+                f"{said}; is the disk full or gone? this says nothing of what the ledger holds"
+            ) from None
+        raise DamagedError(said) from None
 
 
 def read_evidence(path: Path) -> Evidence:

@@ -13,13 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedoap.config import CoordinatorConfig, FederationConfig
-from fedoap.errors import ConfigError, StorageError
-from fedoap.identity import KEY_BYTES, KeyPair, curve_keys, read_private, signing_keys, write_private
+from fedoap.errors import ConfigError, IdentityError, StorageError
+from fedoap.identity import (
+    KEY_BYTES,
+    TASK_CONTEXT,
+    KeyPair,
+    curve_keys,
+    is_signed,
+    read_private,
+    signing_keys,
+    write_private,
+)
+from fedoap_coordinator.blobs import BLOBS
 from fedoap_coordinator.ledger import Ledger
 
 LEDGER = "fed.sqlite"
 LOCK = "lock"
 ENDPOINT = "endpoint"
+FROM_BACKUP = "put the whole state folder back from a backup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ def prepare(state: Path) -> Keys:
 
     Raises:
         StorageError: the disk refused.
-        IdentityError: a key file is damaged or others may read it.
+        IdentityError: a key file is damaged, others may read it, or it is gone from a folder that was in use.
     """
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -46,13 +57,46 @@ def prepare(state: Path) -> Keys:
     with _locked(folder / LOCK):
         for path in (folder / "federation.key", folder / "curve.key"):
             if not path.exists():
+                _check_new(path, state / LEDGER)
                 write_private(path, os.urandom(KEY_BYTES))
     return Keys(signing_keys(read_private(folder / "federation.key")), curve_keys(read_private(folder / "curve.key")))
 
 
 def open_ledger(config: FederationConfig) -> Ledger:
-    """Return the ledger of the configured state folder."""
-    return Ledger(config.coordinator.state / LEDGER, config.federation)
+    """Return the ledger of the configured state folder.
+
+    Raises:
+        StorageError: it cannot be opened, or is gone from a folder that was in use.
+    """
+    path, blobs = config.coordinator.state / LEDGER, config.coordinator.state / BLOBS
+    if not is_written(path) and blobs.is_dir() and any(blobs.iterdir()):  # a new one would have them all deleted
+        raise StorageError(
+            f"{path}: ledger is missing, but {blobs} holds blobs that it knew: {FROM_BACKUP}, "
+            "or name another coordinator.state for a new run"
+        )
+    return Ledger(path, config.federation)
+
+
+def is_written(path: Path) -> bool:
+    """Return whether there is a ledger with anything in it."""
+    return path.exists() and bool(path.stat().st_size or path.with_name(f"{path.name}-wal").exists())
+
+
+def check_keys(ledger: Ledger, keys: Keys) -> None:
+    """Return if the newest task in the ledger, if any, was signed with this signing key.
+
+    Raises:
+        IdentityError: it was not.
+    """
+    for row in ledger.tasks()[-1:]:
+        if not is_signed(keys.signing.public, row.signature, TASK_CONTEXT, row.packed):
+            place = ledger.path.parent / "keys" / "federation.key"
+            raise IdentityError(f"{place}: is not the key that signed the rounds in {ledger.path}: {FROM_BACKUP}")
+
+
+def _check_new(key: Path, ledger: Path) -> None:
+    if is_written(ledger):  # with a new key no site would know its coordinator, and no record would be signed by it
+        raise IdentityError(f"{key}: key is missing, but {ledger} was written with it: {FROM_BACKUP}")
 
 
 @contextmanager
@@ -125,7 +169,7 @@ def read_endpoint(state: Path) -> str | None:
     """Return the address that the coordinator listens on or last listened on, or nothing."""
     try:
         return (state / ENDPOINT).read_text().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None
 
 

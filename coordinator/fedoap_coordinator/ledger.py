@@ -18,6 +18,7 @@ from fedoap.errors import ConfigError, StorageError
 from fedoap.identity import Member, Roster
 from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed
+from fedoap_coordinator.damage import ledger_error, told, told_whole
 from fedoap_coordinator.notary import Closing, Committed, Sign
 
 SCHEMA_VERSION = 2
@@ -127,7 +128,7 @@ class Ledger:
             if check_version(self._db, path) == 0:
                 self._db.executescript(f"begin immediate;{SCHEMA}pragma user_version={SCHEMA_VERSION};commit;")
         except sqlite3.Error as error:
-            raise StorageError(f"{path}: ledger cannot be opened: {error}") from None
+            raise ledger_error(path, error) from None
         self.claim("federation", federation.encode())
         owner = self.fact("federation")
         if owner != federation.encode():
@@ -146,6 +147,7 @@ class Ledger:
             return int(number)
         raise StorageError(f"{self.path}: ledger has no version")
 
+    @told_whole
     def fact(self, name: str) -> bytes | None:
         """Return a named value, or nothing."""
         for (value,) in self._run("select value from facts where name=?", name):
@@ -162,12 +164,14 @@ class Ledger:
 
     # Who is who.
 
+    @told_whole
     def roster(self) -> Roster:
         """Return all sites that ever enrolled."""
         rows = self._run("select site, curve_key, signing_key, revoked is not null from members order by site")
         members = tuple(Member(site, curve, signing, bool(revoked)) for site, curve, signing, revoked in rows)
         return Roster(int(self.fact("epoch") or b"0"), members)
 
+    @told_whole
     def invites(self) -> tuple[Invite, ...]:
         """Return all tokens ever given out, oldest first."""
         columns = "token_key, site, expires, used is not null, withdrawn is not null"
@@ -200,6 +204,7 @@ class Ledger:
             self._next_epoch()
         return True
 
+    @told_whole
     def count_keys(self, site: str, since: float) -> int:
         """Return how many signing keys a site has been given since then."""
         ((count,),) = self._run("select count(*) from site_keys where site=? and since>=?", site, since)
@@ -215,6 +220,7 @@ class Ledger:
             self._next_epoch()
         return tokens + members > 0
 
+    @told_whole
     def revoked_at(self, site: str) -> float | None:
         """Return when a key of the site was revoked last, though it may have joined anew since; None if never."""
         at = self.fact(f"revoked {site}")
@@ -241,6 +247,7 @@ class Ledger:
         """Record that nothing of an upload under way can be relied on; there need not be any."""
         self._run("delete from parts where upload=?", upload)
 
+    @told_whole
     def parts(self) -> tuple[PartRow, ...]:
         """Return the uploads that are durable in part, by site."""
         rows = self._run("select upload, site, packed, signature, at from parts order by site, upload")
@@ -271,6 +278,7 @@ class Ledger:
                 row = (one.site, one.blob, one.first, one.last, one.bytes)
                 self._run(f"insert into downloads values(?,?,?,?,?) {again}", *row)
 
+    @told_whole
     def keep_only(self, uploads: Set[bytes], published: Set[bytes]) -> None:
         """Record that no other upload's or result's tensors are wanted on disk any more."""
         with self._transaction():
@@ -281,18 +289,21 @@ class Ledger:
                 if blob not in published:
                     self._run("update published set kept=0 where blob=?", blob)
 
+    @told_whole
     def kept(self) -> frozenset[bytes]:
         """Return the uploads, and the blobs of results, that must be on the disk."""
         uploads = self._run("select upload from updates where kept")
         published = self._run("select blob from published where kept")
         return frozenset(name for (name,) in (*uploads, *published))
 
+    @told_whole
     def tasks(self) -> tuple[TaskRow, ...]:
         """Return all exchanges in the order in which they were opened."""
         columns = "task, packed, signature, opened, closed, outcome, reason, result"
         rows = self._run(f"select {columns} from tasks order by number")  # noqa: S608 - our own words
         return tuple(TaskRow(task, TaskManifest.unpack(packed), packed, *rest) for task, packed, *rest in rows)
 
+    @told_whole
     def updates(self, task: bytes) -> tuple[UpdateRow, ...]:
         """Return a task's committed uploads by site."""
         columns = "site, upload, packed, counted, stored, kept"
@@ -302,12 +313,14 @@ class Ledger:
             for site, upload, packed, counted, stored, kept in rows
         )
 
+    @told_whole
     def published(self, blob: bytes) -> BlobManifest | None:
         """Return the manifest of a model or bank that the coordinator made."""
         for (packed,) in self._run("select manifest from published where blob=?", blob):
             return BlobManifest.unpack(packed)
         return None
 
+    @told_whole
     def _closing(self, task: bytes) -> Closing:
         row = next(row for row in self.tasks() if row.task == task)
         assert row.closed is not None
@@ -326,6 +339,7 @@ class Ledger:
             exact=BlobManifest.unpack(exact[0]).id if exact else b"",
         )
 
+    @told_whole
     def _next_record(self) -> tuple[int, bytes]:
         """Return the number that comes next and the id of the record before it."""
         for number, packed in self._run("select number, packed from records order by number desc limit 1"):
@@ -347,13 +361,8 @@ class Ledger:
             raise
 
     def _run(self, sql: str, *values: Value) -> sqlite3.Cursor:
-        try:
+        with told(self.path):
             return self._db.execute(sql, values)
-        except sqlite3.Error as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                what = "make room, then start the coordinator again; nothing that it acknowledged is lost"
-                raise StorageError(f"{self.path}: the disk is full: {what}") from None
-            raise StorageError(f"{self.path}: ledger refused: {error}") from None
 
 
 def check_version(db: sqlite3.Connection, path: Path) -> int:

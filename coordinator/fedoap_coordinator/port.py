@@ -7,6 +7,7 @@ there until the system takes it, and nobody says when, so each peer counts for o
 heard again. So memory depends neither on the number of sites nor on the speed of their lines.
 """
 
+import errno
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ class Port:
             try:
                 self.socket.bind(wish)
             except zmq.ZMQError as error:
-                reason = error.strerror
+                reason = _why_not(error.errno or 0)
             else:
                 self._endpoint = self.socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
                 return self._endpoint
@@ -192,6 +193,16 @@ class Port:
         self._inflight.setdefault(download.route, []).append(body.tracker)
         self._unconfirmed[download.route] = self._clock() + CONFIRM_SECONDS
         return True
+
+
+def _why_not(number: int) -> str:
+    match number:
+        case errno.EADDRINUSE:
+            return "another process listens at that port, perhaps another coordinator; end it or choose another port"
+        case errno.EADDRNOTAVAIL | errno.ENODEV:
+            return "this machine has no such address; name one of its own, or 0.0.0.0 for all"
+        case _:
+            return zmq.strerror(number)
 
 
 def _configure(socket: "zmq.Socket[bytes]", keys: KeyPair) -> None:

@@ -18,6 +18,7 @@ from fedoap_coordinator.blobs import blob_files
 from fedoap_coordinator.ledger import Ledger, TaskRow
 
 STATUS = "status.json"
+NONE_YET = "no exchange was opened yet"
 
 
 class SiteFigures(TypedDict):
@@ -60,6 +61,8 @@ def results(config: FederationConfig, ledger: Ledger) -> Results:
 
 def result_lines(run: Results) -> Iterator[str]:
     """Yield the results as text, a line for each exchange and one for each site in it."""
+    if not run["exchanges"]:
+        yield NONE_YET
     for one in run["exchanges"]:
         seconds = "" if one["seconds"] is None else f" in {one['seconds']:.1f} s"
         what = Step(one["kind"], one["round"])
@@ -93,7 +96,7 @@ def status_lines(config: FederationConfig, ledger: Ledger, pid: int | None) -> I
     yield f"coordinator runs as process {pid}" if pid else f"no coordinator runs on {state}"
     tasks = ledger.tasks()
     if not tasks:
-        yield "no exchange was opened yet"
+        yield NONE_YET
     for row in tasks[-1:]:
         here = [update.site for update in ledger.updates(row.task)]
         missing = [name for name in row.manifest.cohort if name not in here]

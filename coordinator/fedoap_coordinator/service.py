@@ -27,7 +27,7 @@ from fedoap_coordinator.daemon import Daemon
 from fedoap_coordinator.descriptors import Doorkeeper, raise_limit
 from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
-from fedoap_coordinator.folder import Keys, open_ledger, prepare, read_endpoint, sole_owner, write_endpoint
+from fedoap_coordinator.folder import Keys, check_keys, open_ledger, prepare, read_endpoint, sole_owner, write_endpoint
 from fedoap_coordinator.journal import Journal
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
@@ -53,6 +53,7 @@ def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: boo
     state = config.coordinator.state
     keys = prepare(state)
     with sole_owner(state), open_ledger(config) as ledger, Journal(state / "log.jsonl", time.time) as journal:
+        check_keys(ledger, keys)
         check_plan(ledger, config)
         reserve = Reserve(state)
         reserve.make()

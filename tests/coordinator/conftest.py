@@ -15,6 +15,7 @@ from fedoap.manifests import BlobManifest, TaskKind, TaskManifest, UploadManifes
 from fedoap.seal import Seal, public_half, sealed_at
 from fedoap.tensors import write_blob
 from fedoap_coordinator.blobs import Blobs
+from fedoap_coordinator.folder import prepare
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.notary import Notary
 from fedoap_coordinator.store import Store
@@ -104,6 +105,7 @@ def config(state: Path) -> FederationConfig:
 
 @pytest.fixture
 def ledger(state: Path) -> Iterator[Ledger]:
+    prepare(state)
     with Ledger(state / "fed.sqlite", "demo") as opened:
         yield opened
 

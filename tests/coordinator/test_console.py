@@ -39,9 +39,12 @@ def test_who_is_waited_for_since_when_and_until_when() -> None:
 
 
 def test_a_note_is_a_sentence_and_an_unknown_or_incomplete_one_is_still_shown() -> None:
+    """Planted bug: ` was refused`, without a subject, for a key that nobody knows."""
     assert sentence(Note("ready", {"endpoint": "tcp://[::1]:7"})) == "ready tcp://[::1]:7"
     assert sentence(progress(20)) == "hospital_a: train of round 3, step 20/50, loss 0.5000, Dice 0.750"
     assert sentence(progress(20, dice=-1.0)) == "hospital_a: train of round 3, step 20/50, loss 0.5000"
+    knock: dict[str, str | int | float] = {"site": "", "code": "unknown_site", "reason": "key ab is not enrolled"}
+    assert sentence(Note("refused", knock)) == "somebody was refused (unknown_site): key ab is not enrolled"
     assert sentence(Note("site_progress", {"site": "a"})) == "site_progress site=a"
     assert sentence(Note("novelty", {"x": 1})) == "novelty x=1"
 
@@ -59,6 +62,21 @@ def test_what_comes_after_the_last_round_is_no_round() -> None:
     console.close()
     assert "calibration  calibrate  open" in out.getvalue()
     assert "round 21" not in out.getvalue()
+
+
+def test_a_reason_that_counts_seconds_is_one_line() -> None:
+    """Planted bug: a line a second, as long as a site was away or an attempt had to wait."""
+    out = io.StringIO()
+    console = PlainConsole(Terminal(file=out, width=120), Clock())
+    for seconds in (63, 64, 65):
+        console.show(View(status(reason=f"1 of 2 sites are here: waiting for b (silent for {seconds} s)"), {}, 0.0))
+    console.show(View(status(reason="train of round 3 is tried again in 30 s; it failed because of b"), {}, 0.0))
+    console.show(View(status(reason="train of round 3 is tried again in 29 s; it failed because of b"), {}, 0.0))
+
+    assert [line[9:34] for line in out.getvalue().splitlines()] == [
+        "1 of 2 sites are here: wa",
+        "train of round 3 is tried",
+    ]
 
 
 def test_plain_lines_hold_no_markup_and_progress_comes_now_and_then() -> None:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 import fedoap
 from fedoap.config import FederationConfig, ModelRecord, load_federation
 from fedoap.errors import FedoapError, StorageError
+from fedoap.identity import TASK_CONTEXT, sign
 from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import FinishPart, OpenPart, RecordClosed, RecordOpened
 from fedoap.seal import sealed_at
@@ -44,14 +45,15 @@ def run(fed_toml: Path, *words: str) -> Result:
 def with_one_round(config: FederationConfig) -> None:
     """Leave a finished `init` exchange of hospital_a in the configured state folder."""
     state = config.coordinator.state
-    prepare(state)
+    keys = prepare(state)
     manifest = TaskManifest("demo", config.plan.digest, "init", 0, 1, ("hospital_a",), 600)
     source = state / "made"
     blob = write_blob(source, {"weight": np.full(10, 7.0, np.float32)})
     upload = UploadManifest(b"t" * 32, "hospital_a", 12, (("loss", 0.25),), blob)
     with open_ledger(config) as ledger:
         store = open_store(ledger, state)
-        store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), b"s" * 64))
+        signature = sign(keys.signing.secret, TASK_CONTEXT, manifest.pack())
+        store.apply(RecordOpened(b"t" * 32, manifest, manifest.pack(), signature))
         store.apply(OpenPart(b"u" * 32, sealed_at(blob, blob.size)))
         store.apply(FinishPart(b"u" * 32, blob, upload, "hospital_a", b"s" * 64))
         store.publish(Made(blob, source))
@@ -199,6 +201,11 @@ def test_results_are_json_with_every_exchange(fed_toml: Path) -> None:
         ],
     }
     assert "hospital_a  cases 12  bytes 40  loss 0.25" in run(fed_toml, "results").output
+
+
+def test_results_of_a_run_that_has_not_begun_are_said(fed_toml: Path) -> None:
+    """Planted bug: an empty line."""
+    assert run(fed_toml, "results").output == "no exchange was opened yet\n"
 
 
 def test_export_writes_a_model_folder_that_stands_alone(fed_toml: Path, tmp_path: Path) -> None:

@@ -10,8 +10,18 @@ import pytest
 
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError, IdentityError, StorageError
+from fedoap.identity import TASK_CONTEXT, sign
 from fedoap.manifests import TaskManifest
-from fedoap_coordinator.folder import invited_endpoint, prepare, running, sole_owner, write_endpoint
+from fedoap_coordinator.folder import (
+    check_keys,
+    invited_endpoint,
+    open_ledger,
+    prepare,
+    read_endpoint,
+    running,
+    sole_owner,
+    write_endpoint,
+)
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.service import check_plan
 
@@ -42,6 +52,66 @@ def test_a_key_that_others_may_read_stops_the_start(state: Path) -> None:
 
     with pytest.raises(IdentityError, match="chmod 600"):
         prepare(state)
+
+
+@pytest.mark.parametrize("name", ["federation.key", "curve.key"])
+def test_a_key_that_is_gone_from_a_folder_in_use_is_not_made_anew(config: FederationConfig, name: str) -> None:
+    """Planted bug: a restore without keys/ made new ones, which no site knows and which sign no earlier record."""
+    key = config.coordinator.state / "keys" / name
+    prepare(config.coordinator.state)
+    with open_ledger(config):
+        key.unlink()
+
+        with pytest.raises(IdentityError, match=r"key is missing, but .*fed\.sqlite was written with it: put"):
+            prepare(config.coordinator.state)
+    with pytest.raises(IdentityError, match="key is missing"):
+        prepare(config.coordinator.state)
+    assert not key.exists()
+
+
+def test_a_crash_before_the_first_ledger_leaves_a_folder_that_can_be_prepared(state: Path) -> None:
+    first = prepare(state)
+    (state / "keys" / "curve.key").unlink()
+
+    assert prepare(state).signing == first.signing
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_a_ledger_that_is_gone_is_not_begun_anew_over_its_blobs(config: FederationConfig, left: bytes | None) -> None:
+    """Planted bug: a coordinator started without its ledger made an empty one and deleted every blob."""
+    state = config.coordinator.state
+    prepare(state)
+    open_ledger(config).__exit__()
+    (state / "blobs").mkdir()
+    open_ledger(config).__exit__()
+    (state / "blobs" / "ab").write_bytes(b"weights")
+    (state / "fed.sqlite").unlink()
+    if left is not None:
+        (state / "fed.sqlite").write_bytes(left)
+
+    with pytest.raises(StorageError, match=r"fed\.sqlite: ledger is missing, but .*blobs holds blobs that it knew"):
+        open_ledger(config)
+
+
+def test_a_key_that_did_not_sign_the_rounds_stops_the_start(config: FederationConfig, state: Path) -> None:
+    """Planted bug: a key from another backup went on with the chain, which no site and no `verify` believes."""
+    keys, others = prepare(state), prepare(state.parent / "others")
+    packed = TaskManifest("demo", config.plan.digest, "init", 0, 1, ("a",), 600).pack()
+    with open_ledger(config) as ledger:
+        check_keys(ledger, others)
+        ledger.open_task(b"t" * 32, packed, sign(keys.signing.secret, TASK_CONTEXT, packed), 1.0)
+
+        check_keys(ledger, keys)
+        with pytest.raises(IdentityError, match=r"is not the key that signed the rounds in .*fed\.sqlite"):
+            check_keys(ledger, others)
+
+
+def test_an_address_used_last_that_cannot_be_read_is_none(state: Path) -> None:
+    """Planted bug: a traceback at the start, as the file's bytes are no text."""
+    state.mkdir(exist_ok=True)
+    (state / "endpoint").write_bytes(b"\xff\xfe")
+
+    assert read_endpoint(state) is None
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:

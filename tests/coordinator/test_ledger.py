@@ -1,6 +1,7 @@
 """The ledger: rows that outlast a crash, and a roster that two processes share."""
 
 import hashlib
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from fedoap.chain import Link, Outcome, Weighed, check_chain
-from fedoap.errors import ConfigError, StorageError
+from fedoap.errors import ConfigError, DiskError, StorageError
 from fedoap.identity import Member
 from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed
+from fedoap_coordinator.damage import ledger_error
 from fedoap_coordinator.ledger import Ledger
 from tests.coordinator.conftest import FEDERATION_KEYS, notary
 
@@ -166,7 +168,9 @@ def test_a_ledger_of_another_federation_is_refused(ledger: Ledger) -> None:
 def test_a_file_that_is_no_ledger_is_refused_in_one_line(state: Path) -> None:
     (state / "fed.sqlite").write_text("this is not a database, but long enough to be one " * 40)
 
-    with pytest.raises(StorageError, match=r"fed\.sqlite: ledger cannot be opened: file is not a database"):
+    with pytest.raises(
+        StorageError, match=r"fed\.sqlite: ledger is damaged: file is not a database; fedoap-coordinator"
+    ):
         Ledger(state / "fed.sqlite", "demo")
 
 
@@ -178,3 +182,54 @@ def test_a_ledger_locked_for_too_long_is_said(state: Path, ledger: Ledger) -> No
     with pytest.raises(StorageError, match="ledger refused: database is locked"):
         ledger.revoke("hospital_a", 1.0)
     holder.close()
+
+
+def test_a_row_that_makes_no_sense_is_told_in_one_line(ledger: Ledger) -> None:
+    """Planted bug: a traceback from wherever the row was parsed."""
+    ledger.open_task(b"t" * 32, b"no manifest", b"s" * 64, 1.0)
+    damaged = (
+        r"fed\.sqlite: ledger is damaged: .*; fedoap-coordinator verify says where; put the whole state folder back"
+    )
+
+    with pytest.raises(StorageError, match=damaged):
+        ledger.tasks()
+    ledger._run("update tasks set packed=7")
+    with pytest.raises(StorageError, match=damaged):
+        ledger.tasks()
+
+
+def test_a_damaged_page_is_told_wherever_it_is_met(tmp_path: Path) -> None:
+    """Planted bug: a traceback, as SQLite meets the page while rows are read, after the statement was run."""
+    path = tmp_path / "fed.sqlite"
+    with Ledger(path, "demo") as ledger:
+        for number in range(400):
+            ledger._run("insert into published values(?,?,null,1.0,1)", number.to_bytes(32, "big"), b"made %d" % number)
+    content = bytearray(path.read_bytes())
+    last = content.rfind(b"made 399")
+    page = last - last % 4096
+    content[page : page + 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+
+    with Ledger(path, "demo") as ledger, pytest.raises(StorageError, match="ledger is damaged: database disk image is"):
+        ledger.kept()
+
+
+def test_a_disk_that_is_full_when_the_ledger_is_opened_is_worth_another_start(tmp_path: Path) -> None:
+    """Planted bug: `disk I/O error` and exit code 2, after which systemd leaves the coordinator down."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    full, roomy = _usage(0), _usage(1 << 30)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: full)
+        told = ledger_error(tmp_path / "fed.sqlite", error)
+        patched.setattr("shutil.disk_usage", lambda _: roomy)
+        other = ledger_error(tmp_path / "fed.sqlite", error)
+
+    assert isinstance(told, DiskError)
+    assert "the disk is full: make room" in str(told)
+    assert not isinstance(other, DiskError)
+
+
+def _usage(free: int) -> "shutil._ntuple_diskusage":
+    return shutil._ntuple_diskusage(1 << 30, 0, free)

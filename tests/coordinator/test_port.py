@@ -276,10 +276,24 @@ def test_an_address_that_is_taken_is_said_in_one_line(context: Context) -> None:
     first, second = Port(context, SERVER, _nothing), Port(context, SERVER, _nothing)
     endpoint = first.bind("tcp://127.0.0.1:*", None)
 
-    with pytest.raises(ConfigError, match=f"coordinator.bind is {endpoint}, but nothing can listen there: Address"):
+    with pytest.raises(
+        ConfigError, match=f"coordinator.bind is {endpoint}, but nothing can listen there: another process"
+    ):
         second.bind(endpoint, None)
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://192.0.2.1:7470", "tcp://elsewhere:7470"])
+def test_an_address_that_is_not_this_machines_is_said_in_words(context: Context, endpoint: str) -> None:
+    """Planted bug: the system's `No such device (addr='tcp://elsewhere:7470')` for a name."""
+    port = Port(context, SERVER, _nothing)
+
+    with pytest.raises(
+        ConfigError, match=f"coordinator.bind is {endpoint}, but .* this machine has no such address; name"
+    ):
+        port.bind(endpoint, None)
+    port.close()
 
 
 def _nothing(blob: bytes, at: int, size: int) -> bytes | None:
