@@ -70,14 +70,17 @@ class SiteModel(nn.Module):
         if parts and not any(is_personal(name, parts) for name in _names(self.personal)):
             kept = ", ".join(parts)
             raise ConfigError(f"strategy.name is {plan.strategy.name}, which keeps {kept}: this network has none of it")
-        self._twins = self._tie(parts)
+        twins = self._tie(parts)
+        # what a network consists of never changes, and to walk through it takes as long as a small one's step
+        self._shared = dict(sorted(self.shared.named_parameters()))
+        own = dict(self.personal.named_parameters())
+        self._twins = tuple((name, own[name], self._shared[twin]) for name, twin in twins.items())
         self.controls: ControlVariates | None = None
         self._alpha: float | None = None
         for term in terms(plan.strategy):
             match term:
                 case Controls():
-                    zeros = {name: np.zeros_like(_array(one)) for name, one in self.shared_parameters().items()}
-                    self.controls = ControlVariates(zeros, zeros)
+                    self.controls = ControlVariates(self._zeros(), self._zeros())
                 case Mixture(alpha):
                     self._alpha = alpha
                 case _:
@@ -104,7 +107,7 @@ class SiteModel(nn.Module):
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return what the shared network consists of, by plain name, sorted."""
-        return dict(sorted(self.shared.named_parameters()))
+        return dict(self._shared)
 
     def personal_parameters(self) -> dict[str, nn.Parameter]:
         """Return the site's own parameters, by name with prefix, sorted."""
@@ -112,11 +115,9 @@ class SiteModel(nn.Module):
 
     def twins(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield each personal parameter's name with prefix, itself and its shared twin."""
-        shared = self.shared_parameters()
-        own = dict(self.personal.named_parameters())
         prefix = PERSONAL_PREFIX if self._alpha is None else PERSONAL_PREFIX + _MIXED
-        for name, twin in self._twins.items():
-            yield prefix + name, own[name], shared[twin]
+        for name, own, twin in self._twins:
+            yield prefix + name, own, twin
 
     def shared_state(self) -> State:
         """Return a copy of the shared weights, complete without any personal part, and of what travels with them."""
@@ -171,9 +172,14 @@ class SiteModel(nn.Module):
 
     @torch.no_grad()
     def reset_personal(self) -> None:
-        """Set every personal parameter to its shared twin's value: where a new site starts."""
+        """Set every personal parameter to its shared twin's value, and the own control variates to 0: a new site's."""
         for _, own, twin in self.twins():
             own.copy_(twin)
+        if self.controls is not None:
+            self.controls.own = self._zeros()
+
+    def _zeros(self) -> State:
+        return {name: np.zeros(tuple(one.shape), np.float32) for name, one in self.shared_parameters().items()}
 
     def _tie(self, parts: tuple[str, ...]) -> dict[str, str]:
         """Put the shared Parameter objects into the personal network; return personal name -> shared twin's."""
