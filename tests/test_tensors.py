@@ -154,6 +154,22 @@ def test_a_manifest_whose_parts_do_not_fit_is_refused(changes: dict[str, object]
         BlobManifest.unpack(_packed(**changes))
 
 
+def _backwards(packed: bytes) -> bytes:
+    return bytes(msgpack.packb(dict(reversed(msgpack.unpackb(packed).items()))))
+
+
+@pytest.mark.parametrize("other", [_backwards, lambda packed: packed.replace(b"\xa1v\x01", b"\xa1v\xcc\x01", 1)])
+def test_a_manifest_in_other_bytes_than_the_canonical_ones_is_refused(other: Callable[[bytes], bytes]) -> None:
+    """A manifest goes by its bytes' hash. Planted bug: no comparison with the canonical bytes, for each kind."""
+    blob = BlobManifest((TensorSpec("a", "float32", (2,)),), HASH)
+    task = TaskManifest("demo", HASH, "train", 1, 1, ("a",), 60, blob)
+    upload = UploadManifest(HASH, "a", 1, (), blob)
+
+    for manifest in (blob, task, upload):
+        with pytest.raises(TensorsError, match="its bytes are not the canonical ones"):
+            manifest.unpack(other(manifest.pack()))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1])
 def test_a_metric_that_is_not_a_finite_float_is_refused(value: float) -> None:
     upload = UploadManifest(HASH, "a", 1, (("dice", value),), BlobManifest((), b""))
