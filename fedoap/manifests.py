@@ -243,8 +243,8 @@ class UploadManifest:
             } if not rest and cases >= 0 and len(seal) == len(NO_KEY):
                 if not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values()):
                     raise TensorsError("upload: a metric is not a finite number")
-                if not all(isinstance(name, str) and 0 < len(name) <= 64 for name in metrics):
-                    raise TensorsError("upload: a metric's name must have 1 to 64 characters")
+                if not all(_is_name(name, 64) for name in metrics):
+                    raise TensorsError("upload: a metric's name must have 1 to 64 printable characters")
                 manifest = cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob), seal)
                 _check_canonical(manifest.pack(), data, "upload")
                 return manifest
@@ -272,9 +272,14 @@ def _packing(rest: Mapping[object, object]) -> Packing | None:
 def _spec(row: object) -> TensorSpec:
     match row:
         case [str(name), "float32" | "bfloat16" | "int64" as dtype, list(shape)]:
-            if all(type(n) is int and 0 <= n < 2**40 for n in shape) and 0 < len(name) < 256 and len(shape) <= 8:
+            if all(type(n) is int and 0 <= n < 2**40 for n in shape) and len(shape) <= 8 and _is_name(name, 255):
                 return TensorSpec(name, dtype, tuple(shape))
     raise TensorsError("manifest: a tensor's row must be [name, float32 | bfloat16 | int64, shape]")
+
+
+def _is_name(name: object, most: int) -> bool:
+    """Return whether something is a short text that may go to a terminal."""
+    return isinstance(name, str) and 0 < len(name) <= most and name.isprintable()
 
 
 def _id(blob: BlobManifest | None) -> bytes:

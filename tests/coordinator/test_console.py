@@ -117,6 +117,19 @@ def test_the_table_shows_pace_and_time_left() -> None:
     assert "round 3 of 20" in drawn
 
 
+@pytest.mark.parametrize(("stage", "steps"), [("[/]", 50), ("[link=x]", 50), ("train", 2**31)])
+def test_no_progress_that_a_site_may_report_ends_the_console(stage: str, steps: int) -> None:
+    """Planted bugs: a stage is read as markup; the time left is more than a `timedelta` holds."""
+    out = io.StringIO()
+    console = TableConsole(Terminal(file=out, force_terminal=True, width=120))
+    for step, now in ((0, 0.0), (1, 100_000.0)):
+        console.show(View(status(replace(WORKING, stage=stage, step=step, steps=steps)), {}, now))
+    console.close()
+
+    assert stage in out.getvalue()
+    assert f"1/{steps}" in out.getvalue()
+
+
 def test_the_console_suits_the_terminal() -> None:
     table = open_console(Terminal(file=io.StringIO(), force_terminal=True), Clock())
 
