@@ -77,7 +77,10 @@ class Enrolment:
             return self._yes(new)
         if given.used or given.withdrawn or now >= given.expires:
             return _unusable(given, now)
-        self.ledger.enrol(token_key, new, now)
+        if not self.ledger.enrol(token_key, new, now):
+            return _no(
+                "token", f"the invitation of {new.name} was withdrawn a moment ago; ask the operator for another"
+            )
         return self._yes(new, joined=True)
 
     def rotate(self, site: str, message: Rotate, now: float) -> Answer:

@@ -184,13 +184,17 @@ class Ledger:
             self._run("update invites set withdrawn=? where site=? and used is null", now, site)
             self._run("insert into invites values(?,?,?,?,null,null)", token_key, site, now, expires)
 
-    def enrol(self, token_key: bytes, member: Member, now: float) -> None:
-        """Record a member under the token, which is used up from now on."""
+    def enrol(self, token_key: bytes, member: Member, now: float) -> bool:
+        """Record a member under the token, which is used up from now on; return whether it was good until now."""
         with self._transaction():
+            is_void = "token_key=? and (used is not null or withdrawn is not null)"
+            if self._run(f"select 1 from invites where {is_void}", token_key).fetchall():  # noqa: S608 - our own words
+                return False
             self._run("update invites set used=? where token_key=?", now, token_key)
             row = (member.name, member.curve_key, member.signing_key, now)
             self._run("insert or replace into members values(?,?,?,?,null)", *row)
             self._next_epoch()
+        return True
 
     def rotate(self, old: Member, new: Member, now: float) -> bool:
         """Replace a member's keys; return whether it was a member, with these old keys, until now."""

@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from fedoap.protocol.events import Note
 from fedoap.protocol.status import SiteStatus, Status
 from fedoap_coordinator.console import PlainConsole, TableConsole, View, open_console, sentence, waited_for
-from fedoap_coordinator.journal import Journal
+from fedoap_coordinator.journal import LINES_A_MINUTE, Journal
 from tests.coordinator.conftest import Clock
 
 NOON = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
@@ -152,6 +152,19 @@ def test_the_log_is_json_with_time_level_and_event(tmp_path: Path) -> None:
         "endpoint": "tcp://127.0.0.1:7",
     }
     assert (second["level"], second["reason"]) == ("warning", "no\nspace")
+
+
+def test_no_site_can_fill_the_log_by_what_is_no_refusal(tmp_path: Path) -> None:
+    """Planted bug: each `progress` that a site sends, and each `bye` and `hello`, is a line."""
+    clock = Clock()
+    with Journal(tmp_path / "log.jsonl", clock) as journal:
+        flooded = [journal.write(progress(step)) for step in range(LINES_A_MINUTE + 7)]
+        other = journal.write(Note("site_joined", {"site": "hospital_b"})), journal.write(Note("finished"))
+        clock.now += 60.0
+        later = journal.write(progress(0))
+
+    assert sum(flooded) == LINES_A_MINUTE
+    assert (*other, later) == (True, True, True)
 
 
 @pytest.mark.parametrize(("refusals", "lines"), [(5, 5), (1000, 15)])

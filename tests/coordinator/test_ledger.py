@@ -61,6 +61,15 @@ def test_revoking_voids_open_invitations_and_says_when_there_was_nothing(ledger:
     assert not ledger.revoke("hospital_b", 2.0)
 
 
+def test_a_token_withdrawn_a_moment_ago_lets_nobody_in(ledger: Ledger, member: Callable[[str], Member]) -> None:
+    """Planted bug: `revoke` in another process, while a request under the token is looked at, shuts nobody out."""
+    ledger.add_invite(b"t" * 32, "hospital_a", 1.0, 100)
+    ledger.revoke("hospital_a", 2.0)
+
+    assert not ledger.enrol(b"t" * 32, member("hospital_a"), 3.0)
+    assert ledger.roster().members == ()
+
+
 def test_another_processs_change_shows_in_the_version_and_ones_own_does_not(ledger: Ledger, state: Path) -> None:
     before = ledger.version
     ledger.set_fact("mine", b"1")
