@@ -213,20 +213,19 @@ class Daemon:
     def _carry_out_all(self, effects: list[CoordinatorEffect], site: str = "") -> list[FollowUp]:
         follow_ups = []
         for effect in effects:
-            if isinstance(effect, SendBlob):
-                self.counts.sent[site] += effect.upto - effect.at
-                self.downloads.note(site, effect.blob, effect.upto - effect.at)
-            follow_up = self._carry_out(effect)
+            follow_up = self._carry_out(effect, site)
             if follow_up:
                 follow_ups.append(follow_up)
         return follow_ups
 
-    def _carry_out(self, effect: CoordinatorEffect) -> FollowUp | None:
+    def _carry_out(self, effect: CoordinatorEffect, site: str) -> FollowUp | None:
         match effect:
             case Send(route, message, body):
                 self._say(route, message, body)
-            case SendBlob():
-                self.port.send_blob(effect)
+            case SendBlob(_, blob, at, upto):
+                self.counts.sent[site] += upto - at
+                self.downloads.note(site, blob, upto - at)
+                self.port.send_blob(effect, site)
             case Aggregate():
                 self._merging_since = time.monotonic()
                 return self.merging.start(effect)
