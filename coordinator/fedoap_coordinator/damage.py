@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from fedoap.errors import DiskError, StorageError, TensorsError
+from fedoap_coordinator.rows import RowError
 
 LITTLE_BYTES = 1 << 20
 """With less room than this SQLite cannot make the files that it keeps beside an open ledger, and calls that I/O."""
@@ -47,7 +48,7 @@ def primary_code(error: Exception) -> int:
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Turn what SQLite and a damaged cell, which may have any type, raise into one error.
+    """Turn what SQLite, and whoever parses its rows, find wrong into one error.
 
     Raises:
         StorageError: anything of the kind.
@@ -56,7 +57,7 @@ def told(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise ledger_error(path, error) from None
-    except (TensorsError, TypeError, ValueError) as error:
+    except (TensorsError, RowError) as error:
         raise StorageError(f"{path}: ledger is damaged: {error}; {MENDING}") from None
 
 

@@ -24,7 +24,8 @@ from fedoap.identity import (
 )
 from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, RefusalCode, Refuse, Rotate
 from fedoap_coordinator.folder import Keys, invited_endpoint
-from fedoap_coordinator.ledger import Invite, Ledger
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Invite
 
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 24 * SECONDS_PER_HOUR

@@ -34,8 +34,9 @@ from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, Re
 from fedoap.seal import TAG_BYTES, Seal, sealed_at
 from fedoap.transfer import TAIL_BYTES
 from fedoap_coordinator.blobs import Blobs, Trouble
-from fedoap_coordinator.ledger import Ledger, PartRow, TaskRow
+from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.notary import Sign
+from fedoap_coordinator.rows import PartRow, TaskRow
 
 StoreEffect: TypeAlias = OpenPart | WritePart | SyncPart | FinishPart | DropPart | RecordOpened | RecordClosed
 

@@ -13,7 +13,8 @@ from fedoap_coordinator.cli import cli
 from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.evidence import read_evidence
 from fedoap_coordinator.folder import open_ledger
-from fedoap_coordinator.ledger import Download, Ledger
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Download
 from ran_federation import SITES, config_of, run_federation
 from tests.coordinator.conftest import LONG_AGO, Clock
 

@@ -27,7 +27,8 @@ from fedoap.protocol.events import (
     WritePart,
 )
 from fedoap.seal import sealed_at
-from fedoap_coordinator.ledger import Ledger, Value
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Cell
 from fedoap_coordinator.store import Store, StoreEffect
 from tests.coordinator.conftest import EXCHANGE, Maker, open_store
 
@@ -231,7 +232,7 @@ def test_an_offset_is_recorded_only_after_the_data_and_the_name_are_on_the_disk(
     def name(folder: Path) -> None:
         order.append(folder.name)
 
-    def run(self: Ledger, sql: str, *values: Value) -> sqlite3.Cursor:
+    def run(self: Ledger, sql: str, *values: Cell) -> sqlite3.Cursor:
         order.append("row")
         return real_run(self, sql, *values)
 

@@ -21,7 +21,7 @@ from fedoap_coordinator.audit import audit
 from fedoap_coordinator.blobcheck import first_difference
 from fedoap_coordinator.cli import cli
 from fedoap_coordinator.folder import open_ledger, prepare
-from fedoap_coordinator.ledger import Value
+from fedoap_coordinator.rows import Cell
 from fedoap_coordinator.verify import Verdict, verify
 from ran_federation import VALUES, Ran, config_of, run_federation
 
@@ -74,7 +74,7 @@ def flip_in_file(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def flipped(value: Value, rng: random.Random) -> Value:
+def flipped(value: Cell, rng: random.Random) -> Cell:
     match value:
         case bytes() | str():
             raw = bytearray(value.encode() if isinstance(value, str) else value)
