@@ -3,6 +3,7 @@
 SQLite gives back what lies in the file, whatever the column's declared type.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias, cast, get_args
@@ -161,6 +162,14 @@ def number(fact: bytes, name: str) -> float:
         return float(fact)
     except ValueError:
         raise RowError(f"facts.{name} is {fact[:40]!r}, but must be a number") from None
+
+
+def parsed(fact: bytes, name: str) -> object:
+    """Parse a fact that is JSON."""
+    try:
+        return json.loads(fact)
+    except ValueError:
+        raise RowError(f"facts.{name} is no JSON") from None
 
 
 def _damaged(table: str) -> RowError:

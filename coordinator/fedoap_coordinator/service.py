@@ -4,7 +4,6 @@ The folder is locked before anything is read, the ZAP handler runs before the po
 is dialled with a stranger's key before anybody is told that it is ready.
 """
 
-import json
 import os
 import signal
 import time
@@ -21,9 +20,11 @@ from fedoap.errors import ConfigError, DiskError, FedoapError, StorageError
 from fedoap.heap import keep_freed_memory
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Note
+from fedoap_coordinator import rows
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.console import open_console
 from fedoap_coordinator.daemon import Daemon
+from fedoap_coordinator.damage import told
 from fedoap_coordinator.descriptors import Doorkeeper, raise_limit
 from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
@@ -85,12 +86,15 @@ def check_plan(ledger: Ledger, config: FederationConfig) -> None:
 
     Raises:
         ConfigError: naming the first setting that differs.
+        StorageError: what the ledger holds is no plan.
     """
     begun = ledger.fact("plan") if ledger.tasks() else None
     if begun is None:
         ledger.set_fact("plan", config.plan.to_bytes())
         return
-    before, after = _flat(json.loads(begun)), _flat(json.loads(config.plan.to_bytes()))
+    with told(ledger.path):
+        before = _flat(rows.parsed(begun, "plan"))
+    after = _flat(config.plan.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             key_in_file = {"rounds": "rounds.count"}.get(key, key)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fedoap.errors import StorageError
 from fedoap.manifests import UploadManifest
 from fedoap.protocol.events import (
     Arriving,
@@ -26,7 +27,7 @@ from fedoap.protocol.events import (
     SyncPart,
     WritePart,
 )
-from fedoap.seal import sealed_at
+from fedoap.seal import TAG_BYTES, sealed_at
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.rows import Cell
 from fedoap_coordinator.store import Store, StoreEffect
@@ -202,6 +203,35 @@ def test_a_part_that_is_gone_when_it_is_to_go_on_is_begun_anew(state: Path, sent
         assert (answer.code, "is lost; offer it again" in answer.reason) == ("corrupt", True)
         assert store.apply(sent.open()) is None
         assert store.ledger.parts() == ()
+
+
+def test_a_part_that_was_cut_short_is_gone_with_its_row_when_it_is_to_go_on(state: Path, sent: Sent) -> None:
+    """Planted bug: part, row and an open descriptor stay until the site offers the upload again, if it ever does."""
+    with opened(state) as store:
+        for effect in (sent.opened, sent.open(), sent.write(0), sent.sync(MIB)):
+            store.apply(effect)
+    os.truncate(state / "parts" / sent.name.hex(), MIB + TAG_BYTES)
+    with opened(state) as store:
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+
+        answer = store.apply(sent.open(MIB))
+
+        assert isinstance(answer, StoreFailed)
+        assert answer.code == "corrupt"
+        assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+        assert store.ledger.parts() == ()
+        assert list((state / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["parts", "blobs", "seals", "spares"])
+def test_a_folder_among_the_coordinators_files_is_told_in_words(state: Path, folder: str) -> None:
+    """Planted bug: `the system refused: Is a directory`, and what to do about it is anybody's guess."""
+    with opened(state):
+        pass
+    (state / folder / "copies").mkdir()
+
+    with pytest.raises(StorageError, match=f"{folder}/copies: is a folder, .*: move it away"), opened(state):
+        pass
 
 
 def test_what_is_written_is_on_its_way_to_the_disk_long_before_it_is_synced(
