@@ -20,7 +20,7 @@ from fedoap.messages import CHUNK_BYTES
 MANIFEST_VERSION = 1
 HASH_BYTES = 32
 MOST_PACKED_BYTES = CHUNK_BYTES + CHUNK_BYTES // 256 + 64
-"""What zstd makes at most of a chunk that cannot be compressed."""
+"""The most that zstd makes of a chunk that cannot be compressed."""
 NO_KEY = bytes(32)
 """Stands for no X25519 key: no secret agrees with it on anything, so nothing can be sealed for it."""
 Dtype: TypeAlias = Literal["float32", "bfloat16", "int64"]

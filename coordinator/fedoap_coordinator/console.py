@@ -78,7 +78,7 @@ def sentence(note: Note) -> str:
 
 
 def _work(note: Note) -> dict[str, str]:
-    """Return what a note's work and its part are called, the part only where it is not all; nothing for other notes."""
+    """Return the words for a note's exchange and, where it is not the whole of it, for the stage; else nothing."""
     kind, number, stage = (note.fields.get(name) for name in ("kind", "round", "stage"))
     if kind not in get_args(TaskKind) or not isinstance(number, int):
         return {}

@@ -45,7 +45,7 @@ from fedoap_coordinator.zap import Doors, Invitee, Site, Zap
 
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 2.0
-"""How old `status` may be: a file system may flush what replaces a file, and the loop would wait for it."""
+"""How often `status.json` is written: the loop waits where the file system flushes a file that replaces another."""
 BUSY_MILLISECONDS = 5
 """Pause while a download waits for room."""
 FAREWELL_SECONDS = 10.0

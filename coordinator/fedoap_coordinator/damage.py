@@ -1,4 +1,4 @@
-"""What is wrong with a ledger, told to whoever keeps it: no room, a damaged page, or a row that makes no sense."""
+"""What is wrong with a ledger, in words for its operator: no room, a damaged page, a row that makes no sense."""
 
 import shutil
 import sqlite3
@@ -11,7 +11,7 @@ from fedoap.errors import DiskError, StorageError, TensorsError
 from fedoap_coordinator.rows import RowError
 
 LITTLE_BYTES = 1 << 20
-"""With less room than this SQLite cannot make the files that it keeps beside an open ledger, and calls that I/O."""
+"""With less room SQLite cannot make the files that it keeps beside an open ledger, and calls that an I/O error."""
 REFUSED = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 MENDING = "fedoap-coordinator verify says where; put the whole state folder back from a backup"
 

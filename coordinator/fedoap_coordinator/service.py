@@ -115,29 +115,10 @@ def _daemon(
         stack.callback(store.blobs.close)
         merging = Merging(state, store, config.plan)
         stack.callback(merging.close)
-        machine = Coordinator(
-            config,
-            ledger.roster(),
-            store.history(),
-            signing_key=keys.signing.secret,
-            random_bytes=os.urandom,
-            software=SOFTWARE,
-            clock=time.time,
-        )
-        raise_limit(len(config.sites))
-        context = stack.enter_context(zmq.Context())
-        zap = Zap(context, Doors.of(ledger.roster(), ledger.invites()))
-        zap.start()
-        stack.callback(zap.stop)
-        port = Port(context, keys.curve, store.blobs.read)
-        stack.callback(port.close, GOODBYE_MILLISECONDS)
-        endpoint = port.bind(config.coordinator.bind, read_endpoint(state))
-        zap.prove(_reachable(endpoint), keys.curve.public)
-        write_endpoint(state, endpoint)
+        machine = _machine(config, keys, ledger, store)
+        zap, port, endpoint = stack.enter_context(_listening(config, keys, ledger, store))
         console = open_console(terminal, time.monotonic)
         stack.callback(console.close)
-        enrolment = Enrolment(config, ledger, keys)
-        downloads = Downloads(ledger, time.time)
         metrics = None
         if config.coordinator.metrics:
             metrics = MetricsServer(config.coordinator.metrics)
@@ -150,10 +131,10 @@ def _daemon(
             ledger,
             store,
             merging,
-            enrolment,
+            Enrolment(config, ledger, keys),
             console,
             journal,
-            downloads,
+            Downloads(ledger, time.time),
             state,
             metrics,
         )
@@ -161,6 +142,35 @@ def _daemon(
             daemon.note(Note("metrics", {"address": metrics.address}))
         daemon.note(Note("ready", {"endpoint": endpoint}))
         yield daemon
+
+
+def _machine(config: FederationConfig, keys: Keys, ledger: Ledger, store: Store) -> Coordinator:
+    return Coordinator(
+        config,
+        ledger.roster(),
+        store.history(),
+        signing_key=keys.signing.secret,
+        random_bytes=os.urandom,
+        software=SOFTWARE,
+        clock=time.time,
+    )
+
+
+@contextmanager
+def _listening(config: FederationConfig, keys: Keys, ledger: Ledger, store: Store) -> Iterator[tuple[Zap, Port, str]]:
+    """Bind the port behind a ZAP handler that is proved to be in force; yield both, and the real address."""
+    raise_limit(len(config.sites))
+    with ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        zap = Zap(context, Doors.of(ledger.roster(), ledger.invites()))
+        zap.start()
+        stack.callback(zap.stop)
+        port = Port(context, keys.curve, store.blobs.read)
+        stack.callback(port.close, GOODBYE_MILLISECONDS)
+        endpoint = port.bind(config.coordinator.bind, read_endpoint(config.coordinator.state))
+        zap.prove(_reachable(endpoint), keys.curve.public)
+        write_endpoint(config.coordinator.state, endpoint)
+        yield zap, port, endpoint
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def test_what_is_written_is_on_its_way_to_the_disk_long_before_it_is_synced(
 ) -> None:
     """Planted bug: only at offsets that are multiples of the step, which sealed chunks never end at."""
     started: list[tuple[int, int]] = []
-    monkeypatch.setattr("fedoap_coordinator.blobs.WRITE_BACK_BYTES", MIB)
+    monkeypatch.setattr("fedoap.tensors.WRITE_BACK_BYTES", MIB)
     monkeypatch.setattr(os, "posix_fadvise", lambda _, at, size, __: started.append((at, size)))
     with opened(state) as store:
         for effect in (sent.opened, sent.open(), sent.write(0), sent.write(MIB), sent.write(2 * MIB)):
