@@ -29,6 +29,10 @@ Counts: TypeAlias = NDArray[np.int64]
 
 SPLIT_OFFSET = 0.01
 """How far a dead slot starts from the slot that it splits, relative to the length of that key."""
+MOST_TOKENS = 1 << 40
+"""Of a site in a slot: the counts of 4096 slots and 1000 sites fit into int64 together."""
+LARGEST_SUM = 1e30
+"""Of a site's keys or values in a slot: what is made of them stays finite as float32."""
 _SEEDING, _SPLITTING = 1, 2
 """Streams of the plan's seed."""
 
@@ -97,11 +101,12 @@ def _read_sums(path: Path | SealedFile, manifest: UploadManifest, kind: BankKind
     counts, patients = tensors["counts"].astype(np.int64), tensors["patients"].astype(np.int64)
     sums = _Sums(counts, tensors["keys"].astype(np.float64), tensors["values"].astype(np.float64))
     content = np.concatenate([sums.keys, sums.values], axis=1)
-    odd = np.array([not np.isfinite(row).all() for row in content], bool)
+    odd = np.array([not (np.abs(row) < LARGEST_SUM).all() for row in content], bool)
     silent = (counts == 0) & np.array([row.any() for row in content], bool)
     few = (counts > 0) & (patients < plan.bank.min_patients)
     _refuse(manifest.site, counts < 0, "has a negative count")
-    _refuse(manifest.site, odd, "is not finite")
+    _refuse(manifest.site, counts > MOST_TOKENS, f"counts more than {MOST_TOKENS} tokens")
+    _refuse(manifest.site, odd, f"is not finite, or reaches {LARGEST_SUM:g}")
     _refuse(manifest.site, silent, "has sums, but its count is 0")
     _refuse(manifest.site, few, f"stands for fewer than bank.min_patients = {plan.bank.min_patients} patients")
     return sums

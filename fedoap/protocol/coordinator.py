@@ -66,7 +66,7 @@ Effects = list[CoordinatorEffect]
 
 
 class Coordinator:
-    """One federation, from the first hello to the last commit; `clock` gives Unix seconds, told and never used."""
+    """One federation, from the first hello to the last commit; `clock` gives Unix seconds, for sites to compare."""
 
     def __init__(
         self,
