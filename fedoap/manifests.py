@@ -240,7 +240,7 @@ class UploadManifest:
                 "blob": bytes(blob),
                 "seal": bytes(seal),
                 **rest,
-            } if not rest and cases >= 0 and len(seal) == len(NO_KEY):
+            } if not rest and type(cases) is int and cases >= 0 and len(seal) == len(NO_KEY):
                 if not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values()):
                     raise TensorsError("upload: a metric is not a finite number")
                 if not all(_is_name(name, 64) for name in metrics):

@@ -179,6 +179,15 @@ def test_a_metric_whose_name_cannot_be_printed_is_refused(name: str) -> None:
         UploadManifest.unpack(upload.pack())
 
 
+@pytest.mark.parametrize("cases", [-1, True, 1.0])
+def test_a_number_of_cases_that_is_none_is_refused(cases: int) -> None:
+    """Planted bug: true counts as 1."""
+    upload = UploadManifest(HASH, "a", cases, (), BlobManifest((), b""))
+
+    with pytest.raises(TensorsError, match="upload: keys or types are not those of version 1"):
+        UploadManifest.unpack(upload.pack())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1])
 def test_a_metric_that_is_not_a_finite_float_is_refused(value: float) -> None:
     upload = UploadManifest(HASH, "a", 1, (("dice", value),), BlobManifest((), b""))

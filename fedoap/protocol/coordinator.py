@@ -99,6 +99,10 @@ class Coordinator:
             return effects
         return [*effects, *self._rounds.advance(now)]
 
+    def excuse(self, seconds: float) -> None:
+        """Count it against no site that the daemon listened to nobody for so long."""
+        self._rounds.excuse(seconds)
+
     def status(self) -> Status:
         """Return how the federation stands, as of the last event."""
         return view.status(self._rounds)

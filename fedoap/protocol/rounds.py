@@ -106,7 +106,7 @@ class Rounds:
     def is_silent(self, site: str) -> bool:
         """Return whether a site was not heard for too long; one of the cohort has time since the opening."""
         exchange = self.exchange
-        since = exchange.opened_at if exchange and site in exchange.cohort else -math.inf
+        since = exchange.listened_from if exchange and site in exchange.cohort else -math.inf
         return self.attendance.is_silent(site, since, self.now, self.config.rounds.silence_seconds)
 
     def start(self, now: float) -> Effects:
@@ -215,6 +215,12 @@ class Rounds:
             return self._close("abandoned", None, f"merging failed: {event.reason}")
         exchange.merge_again_at = self.now + FIRST_MERGE_PAUSE_SECONDS * 2 ** (exchange.merge_failures - 1)
         return [Note("merge_failed", {"reason": event.reason, "failures": exchange.merge_failures})]
+
+    def excuse(self, seconds: float) -> None:
+        """Count it against no site that nobody was listened to for so long."""
+        self.attendance.excuse(seconds)
+        if self.exchange is not None:
+            self.exchange.listened_from += seconds
 
     def note_silence(self) -> Effects:
         """Return a note for each site that has fallen silent since this was asked last."""

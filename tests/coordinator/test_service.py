@@ -260,6 +260,23 @@ def test_it_ends_in_good_order_and_comes_back_on_the_same_port(house: House, cli
 
 
 @pytest.mark.slow
+def test_a_coordinator_that_was_stopped_for_a_while_calls_nobody_silent(house: House, clients: Clients) -> None:
+    """Planted bug: the time for which it could hear nobody counts against the sites."""
+    (house.folder / "fed.toml").write_text(f"{FED_TOML}[rounds]\nsilence_seconds = 5.5\n")
+    daemon = house.start()
+    token = house.invite("hospital_a")
+    enrol(token, clients.invited(token))
+    hello(token, clients.connect(token, CURVE))
+
+    daemon.send_signal(signal.SIGSTOP)
+    time.sleep(6.5)
+    daemon.send_signal(signal.SIGCONT)
+    time.sleep(2.0)
+
+    assert [entry["event"] for entry in house.log()].count("site_silent") == 0
+
+
+@pytest.mark.slow
 def test_a_second_coordinator_on_the_same_folder_is_refused_in_one_line(house: House) -> None:
     first = house.start()
 
