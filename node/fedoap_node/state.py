@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from contextlib import suppress
 
 from fedoap.config import Plan
 from fedoap.errors import StorageError, TrainingError
@@ -14,15 +15,14 @@ from fedoap_node.results import Result, Results
 
 
 class SiteState:
-    """The state folder of one site, held by this process until `close`.
+    """The state folder of one site, held by this process until `close` gives the lock back.
 
     Raises:
-        StorageError: another process holds it, or the disk refuses.
+        StorageError: the disk refuses.
     """
 
-    def __init__(self, folder: SiteFolder) -> None:
-        self.folder = folder
-        self._lock = lock_state(folder)
+    def __init__(self, folder: SiteFolder, lock: int) -> None:
+        self.folder, self._lock = folder, lock
         self.blobs = BlobStore(folder.state)
         self.results = Results(folder)
         self.results.recover()
@@ -87,8 +87,9 @@ def lock_state(folder: SiteFolder) -> int:
         holder = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         raise StorageError(f"site {folder.name}: another node runs on {folder.path}, process {holder}") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    with suppress(OSError):  # on a full disk a node can still end in good order what it has in hand
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
 
 

@@ -21,7 +21,7 @@ from fedoap_node import state as state_module
 from fedoap_node.files import remove
 from fedoap_node.job import Job, JobResult
 from fedoap_node.results import Results
-from fedoap_node.state import SiteState
+from fedoap_node.state import SiteState, lock_state
 from power import Recorder, cuts, lay_out
 
 PLAN = Plan(federation="f", network=NetworkConfig(width=4, depth=1), data=DataConfig(size=(8, 8)))
@@ -114,7 +114,7 @@ def record(folder: Path, ignored: frozenset[str] = frozenset()) -> Recorder:
     recorder = Recorder(site, ignored=ignored)
     (site / "state").mkdir(parents=True)
     with recorder.recording():
-        state = SiteState(SiteFolder(site))
+        state = SiteState(SiteFolder(site), lock_state(SiteFolder(site)))
         for number in range(1, ROUNDS + 1):
             do_round(state, made, number, lambda what: acknowledge(recorder, what))
         state.close()
@@ -198,7 +198,7 @@ def replay_all(recorder: Recorder, folder: Path) -> int:
 def check(site: SiteFolder, made: Path, said: list[list[str]], *, goes_on: bool) -> None:
     """Start on what is left: what was acknowledged is there and whole, and the next round can be done."""
     site.state.mkdir(exist_ok=True)
-    state = SiteState(site)
+    state = SiteState(site, lock_state(site))
     state.blobs.partly()
     known = {what: int(number) for what, number, *_ in said}
     for blob in state.blobs.stored():

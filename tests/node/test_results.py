@@ -11,14 +11,13 @@ import pytest
 
 from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData, WireConfig
 from fedoap.errors import StorageError, TrainingError
-from fedoap.manifests import BlobManifest, TaskManifest
+from fedoap.manifests import BlobManifest
 from fedoap.packing import pack_blob
 from fedoap.sitefolder import SiteFolder
 from fedoap.tensors import read_blob, write_blob
 from fedoap_node import results as results_module
 from fedoap_node.job import Job, JobKind, JobResult
 from fedoap_node.results import Results
-from fedoap_node.state import SiteState
 
 PLAN = Plan(federation="f", network=NetworkConfig(width=4, depth=1), data=DataConfig(size=(8, 8)))
 PACKED = PLAN.model_copy(update={"wire": WireConfig(updates="packed")})
@@ -359,41 +358,3 @@ def test_a_kill_at_any_step_of_deleting_results_leaves_each_whole_or_gone(
         if done:
             break
     assert 5 < steps < 39
-
-
-def test_a_second_daemon_on_the_same_site_is_refused_and_named(tmp_path: Path) -> None:
-    state = SiteState(folder(tmp_path))
-
-    with pytest.raises(StorageError, match=r"another node runs on .*, process \d+"):
-        SiteState(folder(tmp_path))
-
-    state.close()
-    SiteState(folder(tmp_path)).close()
-
-
-def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -> None:
-    state = SiteState(folder(tmp_path))
-    weights = BlobManifest.unpack(model(tmp_path).manifest.read_bytes())
-    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60, model=weights)
-    for work in (b"\1" * 32, b"\2" * 32, task.work):
-        state.results.finish(work, worked(state.results, tmp_path, work=work))
-    for manifest in (weights, write_blob(tmp_path / "other", {"v": np.ones(4, np.float32)})):
-        state.blobs.open(manifest.id, manifest)
-        state.blobs.finish(manifest.id, manifest)
-
-    state.commit(task)
-
-    assert [path.name for path in (tmp_path / "hospital_a/state/work").iterdir()] == [task.work.hex()]
-    assert state.blobs.stored() == {weights.id}
-    state.close()
-
-
-def test_a_kept_result_that_rotted_on_disk_is_done_again(tmp_path: Path) -> None:
-    state = SiteState(folder(tmp_path))
-    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60)
-    state.results.finish(task.work, worked(state.results, tmp_path, work=task.work))
-    (tmp_path / "hospital_a/state/work" / task.work.hex() / "update.blob").write_bytes(b"short")
-
-    assert state.finished(task) is None
-    assert not (tmp_path / "hospital_a/state/work" / task.work.hex()).exists()
-    state.close()

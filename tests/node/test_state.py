@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedoap.errors import StorageError
+from fedoap.manifests import BlobManifest, TaskManifest
+from fedoap.tensors import write_blob
+from fedoap_node.state import SiteState, lock_state
+from tests.node.test_results import PLAN, folder, model, worked
+
+
+def opened(tmp_path: Path) -> SiteState:
+    return SiteState(folder(tmp_path), lock_state(folder(tmp_path)))
+
+
+def test_a_second_daemon_on_the_same_site_is_refused_and_named(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+
+    with pytest.raises(StorageError, match=r"another node runs on .*, process \d+"):
+        opened(tmp_path)
+
+    state.close()
+    opened(tmp_path).close()
+
+
+def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    weights = BlobManifest.unpack(model(tmp_path).manifest.read_bytes())
+    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60, model=weights)
+    for work in (b"\1" * 32, b"\2" * 32, task.work):
+        state.results.finish(work, worked(state.results, tmp_path, work=work))
+    for manifest in (weights, write_blob(tmp_path / "other", {"v": np.ones(4, np.float32)})):
+        state.blobs.open(manifest.id, manifest)
+        state.blobs.finish(manifest.id, manifest)
+
+    state.commit(task)
+
+    assert [path.name for path in (tmp_path / "hospital_a/state/work").iterdir()] == [task.work.hex()]
+    assert state.blobs.stored() == {weights.id}
+    state.close()
+
+
+def test_a_kept_result_that_rotted_on_disk_is_done_again(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60)
+    state.results.finish(task.work, worked(state.results, tmp_path, work=task.work))
+    (tmp_path / "hospital_a/state/work" / task.work.hex() / "update.blob").write_bytes(b"short")
+
+    assert state.finished(task) is None
+    assert not (tmp_path / "hospital_a/state/work" / task.work.hex()).exists()
+    state.close()
