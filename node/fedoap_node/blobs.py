@@ -16,9 +16,8 @@ from fedoap.errors import StorageError, TensorsError
 from fedoap.identity import sync_folder
 from fedoap.manifests import BlobManifest
 from fedoap.spares import Spares
+from fedoap.tensors import begin_write_back
 from fedoap_node.files import remove, write_durably
-
-WRITE_BACK_BYTES = 8 << 20
 
 
 class BlobStore:
@@ -59,10 +58,10 @@ class BlobStore:
             self.drop(part)
             self._spares.take(self._part(part), blob.size)
         try:
-            self._make_room(part, blob)
+            self._make_room(part, blob, at)
         except OSError as error:
             self.drop(part)
-            if self._spares.clear():
+            if not at and self._spares.clear():
                 self.open(part, blob)
                 return
             raise StorageError(f"{self._parts}: no room for {blob.size} bytes: {error.strerror}") from None
@@ -74,10 +73,7 @@ class BlobStore:
             return
         try:
             written = os.pwrite(descriptor, data, at)
-            if (
-                at + written
-            ) % WRITE_BACK_BYTES == 0:  # so that little is left for the fdatasync, which holds the loop up
-                os.posix_fadvise(descriptor, at + written - WRITE_BACK_BYTES, WRITE_BACK_BYTES, os.POSIX_FADV_DONTNEED)
+            begin_write_back(descriptor, at, at + written)
         except OSError as error:
             self.drop(part)
             raise StorageError(f"{self._parts}: cannot be written: {error.strerror}") from None
@@ -110,8 +106,9 @@ class BlobStore:
         remove(self._part(part).with_suffix(".manifest"))
 
     def keep_only(self, blobs: Iterable[bytes]) -> None:
-        """Delete every blob but these, and every part that no download is at work on."""
-        kept = {blob.hex() for blob in blobs}
+        """Delete every blob but these, and every part of others that no download is at work on."""
+        needed = set(blobs)
+        kept = {blob.hex() for blob in needed}
         doomed = [path for path in self._blobs.iterdir() if path.name.removesuffix(".manifest") not in kept]
         for path in doomed:
             if path.suffix == ".manifest":
@@ -120,7 +117,7 @@ class BlobStore:
                 self._spares.keep(path)
         if doomed:  # else a power cut may bring a name back that by then has another blob's bytes
             sync_folder(self._blobs)
-        self._keep_parts(self._open)
+        self._keep_parts(needed | self._open.keys())
 
     def close(self) -> None:
         """Let go of all parts and spares; what has arrived stays for the next start."""
@@ -129,8 +126,9 @@ class BlobStore:
         self._open.clear()
         self._spares.clear()
 
-    def _make_room(self, part: bytes, blob: BlobManifest) -> None:
-        self._open[part] = descriptor = os.open(self._part(part), os.O_RDWR | os.O_CREAT, 0o600)
+    def _make_room(self, part: bytes, blob: BlobManifest, at: int) -> None:
+        fresh = 0 if at else os.O_CREAT  # what lies before `at` must be there
+        self._open[part] = descriptor = os.open(self._part(part), os.O_RDWR | fresh, 0o600)
         if blob.size:
             os.posix_fallocate(descriptor, 0, blob.size)
         self._part(part).with_suffix(".manifest").write_bytes(blob.pack())

@@ -23,6 +23,7 @@ from fedoap.protocol.events import (
     Disconnected,
     DropPart,
     FinishPart,
+    KeepBlobs,
     Learned,
     Leave,
     Note,
@@ -169,6 +170,8 @@ class Node:
                 self._outbox.append(effect)
             case OpenPart() | WritePart() | FinishPart() | DropPart():
                 return self._store(effect)
+            case KeepBlobs(blobs):
+                self._state.blobs.keep_only(blobs)
             case StartWork(task, manifest):
                 self._work.rest(over=False)
                 return self._work.start(task, manifest)
@@ -176,7 +179,7 @@ class Node:
                 self._work.stop()
             case Committed(_, manifest):
                 self._work.committed(manifest)
-                self._state.commit(manifest)
+                self._state.results.keep_only(manifest.work)
             case Learned(plan):
                 self._state.keep_plan(plan)
             case Leave():

@@ -30,6 +30,8 @@ SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
 ORDER = "order"
 """Which of the kept results was finished after which: a number that only grows. Clocks may be set back."""
+WORK_LETTERS = 64
+"""Of a work's name in hexadecimal digits: the folder of a worker that is still busy has more."""
 GONE = "gone-"
 """Begins the names of results on their way off the disk."""
 PERSONAL_PREFIX = "personal."
@@ -68,7 +70,11 @@ class Results:
         return generations[-1] if generations else None
 
     def start(self, work: bytes, size: int = 0) -> Path:
-        """Return a fresh folder for a worker's output, with an old file to write over if the update's size is known."""
+        """Return a fresh folder for a worker's output, with an old file to write over if the update's size is known.
+
+        Of the results that are kept only the last stays: those of a site that is always late are never committed.
+        """
+        self._drop_all(sorted(self._kept(), key=_order)[:-1])
         output = Path(tempfile.mkdtemp(prefix=f"{work.hex()}-", dir=self._work))
         self._spares.take(output / UPDATE_BLOB, size)
         return output
@@ -126,18 +132,14 @@ class Results:
     def recover(self) -> None:
         """Remove what crashed workers left and do what a crash of ours left undone."""
         for path in self._work.iterdir():
-            if len(path.name) != 64 or not (path / RESULT).is_file():
+            if len(path.name) != WORK_LETTERS or not (path / RESULT).is_file():
                 remove(path)
         for folder in sorted(self._work.iterdir(), key=_order):
             self._settle(folder)
 
     def keep_only(self, work: bytes) -> None:
         """Delete every kept result but this work's; the next worker writes over an update that nobody reads."""
-        doomed = [path for path in self._work.iterdir() if path.name != work.hex()]
-        for path in doomed:
-            self._drop(path)
-        if doomed:  # else a power cut may bring a result back that by then has another's bytes
-            sync_folder(self._work)
+        self._drop_all([path for path in self._work.iterdir() if path.name != work.hex()])
 
     def drop(self, work: bytes) -> None:
         """Delete this work's result, if there is one."""
@@ -147,6 +149,12 @@ class Results:
     def close(self) -> None:
         """Delete what only this process can use."""
         self._spares.clear()
+
+    def _drop_all(self, folders: list[Path]) -> None:
+        for folder in folders:
+            self._drop(folder)
+        if folders:  # else a power cut may bring a result back that by then has another's bytes
+            sync_folder(self._work)
 
     def _drop(self, folder: Path) -> None:
         """Take a folder's name away, so that a crash leaves no result of which half is there, then delete it."""
@@ -203,6 +211,9 @@ class Results:
         share(files.blob, linked.blob)
         share(files.manifest, linked.manifest)
         return linked
+
+    def _kept(self) -> list[Path]:
+        return [path for path in self._work.iterdir() if len(path.name) == WORK_LETTERS]
 
     def _generations(self) -> list[Path]:
         return sorted(path for path in self._personal.iterdir() if path.name.isdecimal())

@@ -54,14 +54,6 @@ class SiteState:
             self.results.drop(manifest.work)
             return None
 
-    def commit(self, manifest: TaskManifest) -> None:
-        """Delete what is no longer needed once the coordinator holds this task's result for good.
-
-        The result itself stays: a round that fails is tried again, with the same work.
-        """
-        self.results.keep_only(manifest.work)
-        self.blobs.keep_only(blob.id for blob in manifest.blobs)
-
     def close(self) -> None:
         """Let another process hold the state."""
         self.blobs.close()

@@ -222,6 +222,17 @@ def test_a_worker_writes_over_an_old_update_but_never_over_the_sites_model(tmp_p
     assert np.frombuffer(record.shared.blob.read_bytes(), np.float32).tolist() == [3.0] * 4
 
 
+def test_results_that_are_never_committed_do_not_pile_up(tmp_path: Path) -> None:
+    """A site that is always late has none committed. Planted bug: results deleted after a commit alone."""
+    results = Results(folder(tmp_path))
+    for number in range(1, 5):
+        work = bytes([number]) * 32
+        results.finish(work, worked(results, tmp_path, round_number=number, work=work))
+
+    assert [number for number in range(1, 5) if results.find(bytes([number]) * 32)] == [3, 4]
+    assert len(list((tmp_path / "hospital_a/state/work").iterdir())) == 2
+
+
 def test_old_results_are_off_the_disk_for_good_before_their_place_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

