@@ -6,8 +6,10 @@ compared once at the start: nothing has to be synced or noted while the download
 to be written anew (`fedoap.spares`) while this runs and there is room.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from fedoap.manifests import BlobManifest
 from fedoap.spares import Spares
 from fedoap.tensors import begin_write_back
 from fedoap_node.files import remove, write_durably
+
+LEAST_FREE_BYTES = 64 << 20
+"""What a download leaves free for results and the log, whatever size the coordinator says its model has."""
 
 
 class BlobStore:
@@ -46,9 +51,9 @@ class BlobStore:
         """Return for each part that an earlier run left how many of its first bytes are right; remove all others."""
         found: dict[bytes, int] = {}
         for path in sorted(self._parts.iterdir()):
-            at = _right_bytes(path, self._described(path)) if len(path.name) == 64 else 0
-            if at:
-                found[bytes.fromhex(path.name)] = at
+            blob = self._described(path)
+            if blob is not None and (at := right_bytes(path, blob)):
+                found[blob.id] = at
         self._keep_parts(found)
         return found
 
@@ -131,6 +136,8 @@ class BlobStore:
         self._open[part] = descriptor = os.open(self._part(part), os.O_RDWR | fresh, 0o600)
         if blob.size:
             os.posix_fallocate(descriptor, 0, blob.size)
+        if shutil.disk_usage(self._parts).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._part(part).with_suffix(".manifest").write_bytes(blob.pack())
 
     def _keep_parts(self, parts: Iterable[bytes]) -> None:
@@ -150,9 +157,9 @@ class BlobStore:
         return self._parts / part.hex()
 
 
-def _right_bytes(path: Path, blob: BlobManifest | None) -> int:
-    """Return how many bytes from the start are those of the blob, in whole chunks."""
-    if blob is None:
+def right_bytes(path: Path, blob: BlobManifest) -> int:
+    """Return how many of a file's first bytes are those of the blob, in whole chunks."""
+    if not blob.size:
         return 0
     with path.open("rb") as file:
         for at in range(0, blob.size, blob.chunk_bytes):

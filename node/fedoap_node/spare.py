@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from fedoap.config import WorkerConfig
+from fedoap.errors import StorageError
 from fedoap_node.trainer import Trainer, worker_command
 
 ON_STANDARD_INPUT = "-"
@@ -40,16 +41,20 @@ class Spare:
         own = STAY_SECONDS if worker.command is None else 0.0
         self._stay_seconds = own if worker.stay_seconds is None else worker.stay_seconds
         self._waiting: Trainer | None = None
+        self._has_failed = False
         self._until: float | None = None
         """When a worker ends that waits for another job; a fresh one waits without end."""
 
     def prepare(self) -> None:
-        """Let a worker wait; one that has died is not replaced before the next job has shown why."""
+        """Let a worker wait; one that has died, or did not start, is not replaced before the next job has shown why."""
         if self._until is not None and time.monotonic() > self._until:
             self.close()
         command = spare_command(self._worker)
-        if self._waiting is None and command is not None:
-            self._waiting = Trainer(command, None, self._log)
+        if self._waiting is None and command is not None and not self._has_failed:
+            try:
+                self._waiting = Trainer(command, None, self._log)
+            except StorageError:
+                self._has_failed = True
 
     def take(self, job: Path) -> Trainer:
         """Return a worker that does the job: the one that waits, else a fresh one.
@@ -57,7 +62,7 @@ class Spare:
         Raises:
             StorageError: it cannot be started.
         """
-        waiting, self._waiting, self._until = self._waiting, None, None
+        waiting, self._waiting, self._until, self._has_failed = self._waiting, None, None, False
         if waiting is not None:
             if waiting.begin(job, last=self._stay_seconds == 0):
                 return waiting

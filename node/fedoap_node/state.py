@@ -9,7 +9,7 @@ from fedoap.errors import StorageError, TrainingError
 from fedoap.identity import sync_folder
 from fedoap.manifests import TaskManifest
 from fedoap.sitefolder import SiteFolder
-from fedoap_node.blobs import BlobStore
+from fedoap_node.blobs import BlobStore, right_bytes
 from fedoap_node.files import write_durably
 from fedoap_node.results import Result, Results
 
@@ -47,12 +47,13 @@ class SiteState:
             raise TrainingError("plan: the coordinator has sent none yet") from None
 
     def finished(self, manifest: TaskManifest) -> Result | None:
-        """Return the kept result of a task's work, if there is one; one that cannot be read is removed."""
-        try:
-            return self.results.find(manifest.work)
-        except TrainingError:
-            self.results.drop(manifest.work)
-            return None
+        """Return the kept result of a task's work, if there is one; one that has rotted on the disk is removed."""
+        with suppress(TrainingError):
+            kept = self.results.find(manifest.work)
+            if kept is None or right_bytes(kept.path, kept.blob) == kept.blob.size:
+                return kept
+        self.results.drop(manifest.work)
+        return None
 
     def close(self) -> None:
         """Let another process hold the state."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedoap.config import SiteConfig
-from fedoap.errors import FedoapError
+from fedoap.errors import FedoapError, TensorsError
 from fedoap.manifests import TaskManifest, UploadManifest
+from fedoap.messages import MAX_BODY_BYTES
 from fedoap.protocol.course import Step
 from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
 from fedoap.seal import Seal, public_half
@@ -60,7 +61,7 @@ class Work:
         A result that is kept for the same work is taken as it is, and a worker that is busy with it goes on.
         """
         running = self._running
-        if running is not None and running.manifest.work == manifest.work:
+        if running is not None and running.manifest.work == manifest.work and not self._hangs(running):
             running.task, running.manifest, running.wanted = task, manifest, True
             return None
         self.stop()
@@ -154,22 +155,34 @@ class Work:
         self._close_upload()
 
     def _launch(self, task: bytes, manifest: TaskManifest) -> _Running:
-        output = self._state.results.start(manifest.work, manifest.model.size if manifest.model else 0)
+        plan = self._state.plan()
+        size = manifest.model.size if manifest.model and manifest.kind == "train" else 0
+        output = self._state.results.start(manifest.work, size, packs=plan.wire.updates == "packed")
         try:
             write_job(
                 manifest,
                 site=self._state.folder.name,
-                plan=self._state.plan(),
+                plan=plan,
                 config=self._config,
                 blobs=self._state.blobs.files,
                 personal=self._state.results.personal,
                 cache=self._state.cache,
                 output=output,
             )
-        except FedoapError:
+            trainer = self._spare.take(output / JOB)
+        except (FedoapError, OSError):
             remove(output)
             raise
-        return _Running(task, manifest, output, self._spare.take(output / JOB), time.monotonic())
+        return _Running(task, manifest, output, trainer, time.monotonic())
+
+    def _hangs(self, running: _Running) -> bool:
+        """Return whether a worker has said nothing for longer than a whole attempt may take; slow ones report steps."""
+        silent = running.trainer.silent_seconds()
+        if silent <= running.manifest.deadline_seconds:
+            return False
+        said = f"{_name(running.manifest)}: the worker has said nothing for {silent:.0f} s, so a fresh one begins"
+        self._journal.note("work_hangs", said, level="warning", kind=running.manifest.kind)
+        return True
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
         seconds = round(time.monotonic() - running.started, 3)
@@ -195,6 +208,8 @@ class Work:
         try:
             secret = self._state.results.seal_secret(manifest.work, task)
             upload = replace(upload, seal_key=public_half(secret))
+            if (size := len(upload.pack())) > MAX_BODY_BYTES:
+                raise TensorsError(f"result's manifest has {size} bytes, but a message holds {MAX_BODY_BYTES}")
             seal = Seal.of_site(upload, secret, manifest.seal_key)
             self._upload = _Upload(result.blob.id, os.open(result.path, os.O_RDONLY), seal)
         except (FedoapError, OSError) as error:

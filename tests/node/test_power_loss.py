@@ -71,7 +71,7 @@ def copies(source: Path, target: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "name", "bug", "found"),
     [
-        (results_module, "sync_tree", lambda _: None, "validation error for Job"),
+        (results_module, "sync_tree", lambda _: None, r"personal/00000001\\?'\) is None"),
         (results_module, "share", copies, "manifest: not msgpack"),
         (state_module, "sync_folder", lambda _: None, "a blob is gone"),
     ],

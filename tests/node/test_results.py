@@ -12,7 +12,6 @@ import pytest
 from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData, WireConfig
 from fedoap.errors import StorageError, TrainingError
 from fedoap.manifests import BlobManifest
-from fedoap.packing import pack_blob
 from fedoap.sitefolder import SiteFolder
 from fedoap.tensors import read_blob, write_blob
 from fedoap_node import results as results_module
@@ -101,27 +100,28 @@ def test_a_packed_update_is_what_is_sent_and_the_plain_one_the_sites_model(tmp_p
 
 
 @pytest.mark.parametrize("spares", [1, 0])
-def test_a_disk_without_room_to_pack_takes_that_of_an_old_update_or_is_named(
+def test_room_for_an_update_is_there_before_its_work_begins_or_the_disk_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spares: int
 ) -> None:
-    """Planted bug: the error of the system as it is, which names no file."""
-    results, tries = Results(folder(tmp_path)), list[Path]()
+    """Planted bugs: room looked for when hours of work are to be packed; spares that outlast a full disk."""
+    results, really = Results(folder(tmp_path)), os.posix_fallocate
+    old = tmp_path / "hospital_a/state/spare-updates"
 
-    def full(*arguments: object) -> BlobManifest:
-        tries.append(tmp_path)
-        if len(tries) <= 1:
+    def fallocate(descriptor: int, at: int, size: int) -> None:
+        if list(old.iterdir()) or not spares:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return pack_blob(*arguments)  # type: ignore[arg-type]
+        really(descriptor, at, size)
 
-    monkeypatch.setattr(results_module, "pack_blob", full)
-    output = worked(results, tmp_path, plan=PACKED)
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
     if spares:
         (tmp_path / "old").write_bytes(bytes(16))
         results._spares.keep(tmp_path / "old")
-        assert results.finish(WORK, output).blob.packing is not None
+        output = results.start(WORK, 1 << 20, packs=True)
+        assert [(output / name).stat().st_size for name in ("update.blob", "packed.blob")] == [1 << 20] * 2
     else:
-        with pytest.raises(StorageError, match=r"packed\.blob: cannot be written: No space left on device, and wire"):
-            results.finish(WORK, output)
+        with pytest.raises(StorageError, match="no room for an update of 1048576 bytes: No space left on device"):
+            results.start(WORK, 1 << 20, packs=True)
+        assert list((tmp_path / "hospital_a/state/work").iterdir()) == []
 
 
 def test_output_of_a_worker_that_never_finished_changes_nothing_and_is_removed(tmp_path: Path) -> None:
@@ -146,6 +146,19 @@ def test_a_folder_that_lost_its_result_stops_no_start(tmp_path: Path) -> None:
     results.recover()
 
     assert results.find(WORK) is None
+
+
+def test_a_result_that_another_version_left_stops_no_start(tmp_path: Path) -> None:
+    """Planted bug: pydantic's error let through, after which the node never starts again."""
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    job = folder(tmp_path).state / "work" / WORK.hex() / "job.json"
+    job.write_text(job.read_text().replace('"round"', '"number"'))
+
+    results.recover()
+
+    assert results.find(WORK) is None
+    assert personal_round(results) == 1
 
 
 def test_a_crash_between_result_and_promotion_is_made_good_at_the_next_start(tmp_path: Path) -> None:

@@ -95,6 +95,20 @@ def test_a_worker_that_dies_while_it_waits_is_not_started_over_and_over(spare: S
     assert waiting(spare) is dead
 
 
+def test_a_worker_that_cannot_be_started_to_wait_is_tried_again_with_the_next_job(spare: Spare, tmp_path: Path) -> None:
+    """Planted bugs: the error let through, which ends the daemon; tried again at each turn of its loop."""
+    (tmp_path / "worker.log").mkdir()
+    spare.prepare()
+    (tmp_path / "worker.log").rmdir()
+    spare.prepare()
+    assert spare._waiting is None
+
+    spare.take(tmp_path / "job.json").kill()
+    spare.prepare()
+
+    assert waiting(spare).exit_code() is None
+
+
 def test_its_last_words_begin_with_its_job(tmp_path: Path) -> None:
     """Planted bugs: the log read from where it was when the worker began to wait; one that has ended done over."""
     spare = Spare(config(tmp_path, "import sys; print('bad', file=sys.stderr); input()"), tmp_path / "worker.log")

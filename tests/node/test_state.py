@@ -42,11 +42,13 @@ def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -
     state.close()
 
 
-def test_a_kept_result_that_rotted_on_disk_is_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rotted", [b"short", bytes(16)])
+def test_a_kept_result_that_rotted_on_disk_is_done_again(tmp_path: Path, rotted: bytes) -> None:
+    """Planted bug: the size alone looked at, so that every attempt fails by the same damaged result."""
     state = opened(tmp_path)
     task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60)
     state.results.finish(task.work, worked(state.results, tmp_path, work=task.work))
-    (tmp_path / "hospital_a/state/work" / task.work.hex() / "update.blob").write_bytes(b"short")
+    (tmp_path / "hospital_a/state/work" / task.work.hex() / "update.blob").write_bytes(rotted)
 
     assert state.finished(task) is None
     assert not (tmp_path / "hospital_a/state/work" / task.work.hex()).exists()
