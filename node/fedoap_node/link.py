@@ -108,6 +108,11 @@ class Link:
             self.socket.connect(self._endpoint)
         return self._dial_at
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether the connection is up and its queue not full."""
+        return self.up and self.socket.poll(0, zmq.POLLOUT) != 0
+
     def send(self, message: FromSite, body: bytes = b"") -> bool:
         """Return whether the message was taken; it is not while the connection is down or its queue full."""
         try:
