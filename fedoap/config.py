@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedoap.dataconfig import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.errors import ConfigError
 from fedoap.fields import (
     LARGEST_PORT,
@@ -26,7 +27,6 @@ from fedoap.fields import (
     Name,
     Positive,
 )
-from fedoap.inputs import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.strategyconfig import StrategyConfig as StrategyConfig  # noqa: PLC0414 - the name is found here too
 from fedoap.toml import first_line, load_toml
 

@@ -1,7 +1,7 @@
 """The contract between the node daemon and its training process: files in, lines out, files back.
 
 The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`, or gives the path to
-a worker that waits for it (`fedoap_node.spare`), which says `JobDone` at the job's end and may be given
+a worker that waits for it (`fedoap_node.standby`), which says `JobDone` at the job's end and may be given
 another. The worker prints one JSON object a line on standard
 output (`JobProgress`), everything else on standard error, and leaves in `job.output`: `result.json`
 (`JobResult`, written last, atomically), `update.blob` and `update.manifest` (the tensors to upload,

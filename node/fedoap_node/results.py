@@ -18,6 +18,7 @@ from fedoap.errors import StorageError, TensorsError, TrainingError
 from fedoap.identity import sync_folder, write_private
 from fedoap.manifests import BlobManifest
 from fedoap.packing import pack_blob
+from fedoap.params import PERSONAL_PREFIX
 from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
 from fedoap.spares import Spares
@@ -36,8 +37,6 @@ WORK_LETTERS = 64
 """Of a work's name in hexadecimal digits: the folder of a worker that is still busy has more."""
 GONE = "gone-"
 """Begins the names of results on their way off the disk."""
-PERSONAL_PREFIX = "personal."
-"""Names of tensors that never leave a site begin so."""
 
 
 @dataclass(frozen=True, slots=True)

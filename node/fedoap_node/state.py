@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from contextlib import suppress
 
 from fedoap.config import Plan
@@ -12,6 +13,9 @@ from fedoap.sitefolder import SiteFolder
 from fedoap_node.blobs import BlobStore, right_bytes
 from fedoap_node.files import write_durably
 from fedoap_node.results import Result, Results
+
+LOOK_SECONDS = 0.5
+"""A lock may be held for a moment by `running`, which only looks."""
 
 
 class SiteState:
@@ -74,9 +78,11 @@ def lock_state(folder: SiteFolder) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not _is_locked(descriptor):
+        if time.monotonic() < deadline:
+            time.sleep(0.02)
+            continue
         holder = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         raise StorageError(f"site {folder.name}: another node runs on {folder.path}, process {holder}") from None
@@ -84,6 +90,15 @@ def lock_state(folder: SiteFolder) -> int:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Return whether the lock could be taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def running(folder: SiteFolder) -> int | None:

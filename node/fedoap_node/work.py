@@ -17,7 +17,7 @@ from fedoap_node.files import remove
 from fedoap_node.job import JOB, write_job
 from fedoap_node.journal import Journal
 from fedoap_node.results import Result
-from fedoap_node.spare import Spare
+from fedoap_node.standby import Standby
 from fedoap_node.state import SiteState
 from fedoap_node.trainer import GRACE_SECONDS, Trainer
 
@@ -53,7 +53,7 @@ class Work:
         self._running: _Running | None = None
         self._ending: list[_Running] = []
         self._upload: _Upload | None = None
-        self._spare, self._is_over = Spare(config.worker, state.folder.worker_log), False
+        self._standby, self._is_over = Standby(config.worker, state.folder.worker_log), False
 
     def start(self, task: bytes, manifest: TaskManifest) -> SiteEvent | None:
         """Start a worker on the task, and return how it ended if that is known already.
@@ -95,13 +95,13 @@ class Work:
                 remove(running.output)
                 self._ending.remove(running)
         if self._running is None and not self._is_over:
-            self._spare.prepare()
+            self._standby.prepare()
 
     def rest(self, *, over: bool) -> None:
         """Let no worker wait while the federation is over."""
         self._is_over = over
         if over:
-            self._spare.close()
+            self._standby.close()
 
     def news(self) -> list[SiteEvent]:
         """Return what the worker has to say: how far it is, and how it ended."""
@@ -117,7 +117,7 @@ class Work:
         if code is not None:
             self._running = None
             if done:
-                self._spare.keep(running.trainer)
+                self._standby.keep(running.trainer)
             else:
                 running.trainer.kill()  # the worker is gone; what it started may not be
             events.append(self._finish(running, code))
@@ -169,7 +169,7 @@ class Work:
                 cache=self._state.cache,
                 output=output,
             )
-            trainer = self._spare.take(output / JOB)
+            trainer = self._standby.take(output / JOB)
         except (FedoapError, OSError):
             remove(output)
             raise

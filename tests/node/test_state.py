@@ -1,3 +1,5 @@
+import fcntl
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,16 @@ def test_a_second_daemon_on_the_same_site_is_refused_and_named(tmp_path: Path) -
 
     state.close()
     opened(tmp_path).close()
+
+
+def test_a_look_at_whether_a_node_runs_does_not_keep_one_from_starting(tmp_path: Path) -> None:
+    """Planted bug: refused at once, with exit code 2, because `fedoap-node status` looked at that moment."""
+    site = folder(tmp_path)
+    with (site.state / "lock").open("wb") as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.1, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN)).start()
+
+        opened(tmp_path).close()
 
 
 def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -> None:
