@@ -258,7 +258,7 @@ def _write_config(trial: Trial) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    (trial.root / "datalist.json").write_text("{}")
+    (trial.root / "datalist.json").write_text('{"training": ["1.png"]}')
     trial.config.write_text(
         f'federation = "rounds"\nsites = {json.dumps(trial.names)}\n'
         f'[coordinator]\nbind = "{endpoint}"\nadvertise = "{endpoint}"\n'

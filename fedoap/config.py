@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedoap.dataconfig import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.errors import ConfigError
 from fedoap.fields import (
     LARGEST_PORT,
@@ -26,11 +27,12 @@ from fedoap.fields import (
     Name,
     Positive,
 )
-from fedoap.inputs import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.strategyconfig import StrategyConfig as StrategyConfig  # noqa: PLC0414 - the name is found here too
 from fedoap.toml import first_line, load_toml
 
 MINUTES_PER_YEAR = 525_600
+MOST_ROUNDS = 100_000
+"""Both sides hold the course of a federation as a list."""
 Attention = Literal["off", "projection", "joint", "gated"]
 Modality = Literal["mr", "ct", "ultrasound", "photo"]
 
@@ -136,7 +138,7 @@ class Plan(Frozen):
 
     federation: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    rounds: Annotated[int, Field(ge=1)] = 20
+    rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 20
     network: NetworkConfig = NetworkConfig()
     bank: BankConfig = BankConfig()
     data: DataConfig = DataConfig()
@@ -195,7 +197,7 @@ class CoordinatorConfig(Frozen):
 class RoundsConfig(Frozen):
     """When a round starts and ends."""
 
-    count: Annotated[int, Field(ge=1)] = 20
+    count: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 20
     quorum: Annotated[int, Field(ge=1)] | None = None
     """Fewest sites whose updates make a round; all sites where not given."""
     deadline_minutes: Annotated[float, Field(gt=0, le=MINUTES_PER_YEAR)] = 240.0
@@ -311,7 +313,7 @@ class SiteNetwork(Frozen):
     @field_validator("proxy")
     @classmethod
     def _is_a_proxy(cls, url: str | None) -> str | None:
-        if url is not None and not re.match(PROXY_PATTERN, url):  # never shown: it may hold a password
+        if url is not None and not re.fullmatch(PROXY_PATTERN, url):  # never shown: it may hold a password
             raise ValueError("must be socks5://host:port or http://host:port, with user:password@ before the host")
         if url is not None and not 1 <= (port := int(url.rpartition(":")[2])) <= LARGEST_PORT:
             raise ValueError(f"has port {port}, but must have one of 1 to {LARGEST_PORT}")

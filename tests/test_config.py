@@ -197,8 +197,19 @@ def test_a_misspelt_key_of_a_site_names_the_nearest(tmp_path: Path) -> None:
         load_site(tmp_path / "site.toml")
 
 
+def test_a_plan_whose_course_fills_the_memory_is_refused() -> None:
+    """A coordinator may send any plan. Planted bug: no bound, so that its first task ends the node."""
+    plan = Plan(federation="f").to_bytes().replace(b'"rounds":20', b'"rounds":1000000000000')
+
+    with pytest.raises(ConfigError, match="rounds is 1000000000000, but input should be less than or equal to 100000"):
+        Plan.from_bytes(plan)
+
+
 def test_a_proxys_port_is_one_and_its_password_stays_unsaid(tmp_path: Path) -> None:
     """Planted bug: port 99999 was dialled as 34463, and `connection refused` was all that anybody heard."""
+    (tmp_path / "site.toml").write_text('network.proxy = "http://proxy.example.org:3128\\n"')
+    with pytest.raises(ConfigError, match=r"network\.proxy: must be socks5"):
+        load_site(tmp_path / "site.toml")
     (tmp_path / "site.toml").write_text('network.proxy = "http://user:secret@proxy.example.org:99999"')
 
     with pytest.raises(ConfigError, match=r"network\.proxy: has port 99999, but must have one of 1 to 65535") as caught:

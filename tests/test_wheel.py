@@ -72,7 +72,7 @@ def test_what_needs_torch_says_so_in_one_line(commands: Path, tmp_path: Path) ->
 
 def test_a_node_without_torch_says_so_in_one_line(commands: Path, tmp_path: Path) -> None:
     (tmp_path / "fed.toml").write_text(FED_TOML)
-    (tmp_path / "list.json").write_text(json.dumps({"training": []}))
+    (tmp_path / "list.json").write_text(json.dumps({"training": ["1.png"]}))
     daemon = subprocess.Popen([commands / "fedoap-coordinator", "--config", "fed.toml"], cwd=tmp_path, text=True)
     _await(tmp_path / "state" / "endpoint")
     node = str(commands / "fedoap-node")

@@ -55,7 +55,7 @@ def prepare(options: argparse.Namespace) -> None:
         f'[coordinator]\nbind = "{endpoint}"\nadvertise = "{endpoint}"\n'
         f'[rounds]\ncount = {options.rounds}\n[network]\nattention = "off"\n'
     )
-    Path("datalist.json").write_text("{}")
+    Path("datalist.json").write_text('{"training": ["1.png"]}')
     first = {f"layer{k:02d}": array for k, array in enumerate(payload.stream(options.mb))}
     Path(f"{FIRST}.manifest").write_bytes(write_blob(FIRST, first).pack())
     for name in names:

@@ -8,8 +8,8 @@ from fedoap.errors import RefusedError, TensorsError
 from fedoap.identity import UPLOAD_CONTEXT, Member, is_signed
 from fedoap.manifests import TaskKind, TaskManifest, TensorSpec, UploadManifest
 from fedoap.messages import Offer
+from fedoap.params import PERSONAL_PREFIX
 
-PERSONAL_PREFIX = "personal."
 WEIGHED_KINDS: frozenset[TaskKind] = frozenset({"train", "seed", "bank"})
 """Where the number of cases is a weight, and 0 would mean that a site has nothing to say."""
 

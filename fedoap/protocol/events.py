@@ -109,10 +109,7 @@ class SendBlob:
 
 @dataclass(frozen=True, slots=True)
 class OpenPart:
-    """Make room for a sealed upload (or, at a site, a blob) of so many bytes on disk.
-
-    Its first chunks are there already, as far as byte `at` of the blob.
-    """
+    """Make room on disk for a sealed upload or, at a site, a blob; its first `at` bytes are there already."""
 
     part: bytes
     size: int
@@ -341,12 +338,15 @@ class SayChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StartWork:
-    """Run the worker on a task whose blobs are all here; report `WorkDone` or `WorkFailed`.
+class KeepBlobs:
+    """Delete every blob, and what has arrived of any, but these: no task will ask for the others again."""
 
-    Work already finished for the same `manifest.work` (same kind, round and blobs) is not done again:
-    the daemon reports `WorkDone` with the kept result, made out to this task.
-    """
+    blobs: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class StartWork:
+    """Do a task whose blobs are all here; report `WorkDone`, at once if its work's result is kept, or `WorkFailed`."""
 
     task: bytes
     manifest: TaskManifest
@@ -361,7 +361,7 @@ class StopWork:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The coordinator holds this task's result for good: older results and blobs may be deleted."""
+    """The coordinator holds this task's result for good: older results may be deleted."""
 
     task: bytes
     manifest: TaskManifest
@@ -389,6 +389,7 @@ SiteEffect: TypeAlias = (
     | WritePart
     | FinishPart
     | DropPart
+    | KeepBlobs
     | StartWork
     | StopWork
     | Committed

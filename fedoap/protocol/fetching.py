@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from fedoap.errors import RefusedError
 from fedoap.manifests import BlobManifest
 from fedoap.messages import Data, Get
-from fedoap.protocol.events import DropPart, FinishPart, Note, OpenPart, Say, SiteEffect, WritePart
+from fedoap.protocol.events import DropPart, FinishPart, KeepBlobs, Note, OpenPart, Say, SiteEffect, WritePart
 from fedoap.transfer import Fetcher
 
 RETRY_SECONDS = 10.0
@@ -36,9 +36,14 @@ class Fetching:
         self._fetcher = None
         return [dropped]
 
-    def keep(self, blobs: Iterable[BlobManifest]) -> None:
-        """Count on these only: the daemon may delete all others."""
-        self._have &= {blob.id for blob in blobs}
+    def keep(self, blobs: Iterable[BlobManifest]) -> list[SiteEffect]:
+        """Count on these only, and have all others deleted."""
+        kept = frozenset(blob.id for blob in blobs)
+        if kept >= self._have | self._partly.keys():
+            return []
+        self._have &= kept
+        self._partly = {blob: at for blob, at in self._partly.items() if blob in kept}
+        return [KeepBlobs(kept)]
 
     def restart(self, now: float) -> None:
         """Ask anew for what was on its way on a connection that is gone."""
@@ -71,11 +76,12 @@ class Fetching:
         return [written, FinishPart(message.blob, fetcher.blob)] if fetcher.is_complete else [written]
 
     def stored(self, blob: bytes) -> None:
-        """Note that a blob is durable."""
+        """Note that the download under way is durable."""
+        if self._fetcher is None or self._fetcher.blob.id != blob:
+            return
+        self._fetcher = None
         self._have.add(blob)
         self._wanted = [one for one in self._wanted if one.id != blob]
-        if self._fetcher is not None and self._fetcher.blob.id == blob:
-            self._fetcher = None
 
     def failed(self, blob: bytes, reason: str, now: float) -> list[SiteEffect]:
         """Try again later what the disk refused."""

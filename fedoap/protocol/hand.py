@@ -54,16 +54,19 @@ class Hand:
         return self._work is not None and self._work.offering is not None
 
     def take(self, task: bytes, manifest: TaskManifest) -> Effects:
-        """Take up another task; work under way for an earlier attempt at the same goes on."""
+        """Take up another task; work under way for an earlier attempt at the same goes on.
+
+        What was fetched for other tasks goes, whatever became of them: a site that is always late would fill its disk.
+        """
         old, fresh = self._work, _Work(task, manifest)
         self._work = fresh
-        wanted = self.fetching.want(manifest.blobs)
+        fetched = [*self.fetching.want(manifest.blobs), *self.fetching.keep(manifest.blobs)]
         if old is None or old.stage != "working":
-            return wanted
+            return fetched
         if old.manifest.work == manifest.work:
             fresh.stage, fresh.running = "working", old.running
-            return wanted
-        return [StopWork(old.running), *wanted]
+            return fetched
+        return [StopWork(old.running), *fetched]
 
     def drop(self) -> Effects:
         """Let go of the task: it is not due any more."""
@@ -132,7 +135,6 @@ class Hand:
                 return []
             case Commit():
                 self._work, self.last = None, work.task
-                self.fetching.keep(work.manifest.blobs)
                 return [Committed(work.task, work.manifest)]
 
     def acknowledged(self, task: bytes) -> None:

@@ -82,6 +82,16 @@ def load_all(data: SiteData) -> tuple[tuple[Split, Case], ...]:
     return tuple((name, case) for name, cases in splits.items() for case in cases)
 
 
+def check_form(data: SiteData) -> None:
+    """Return if the site's file is a datalist with at least one case; whether images exist is not looked at.
+
+    Raises:
+        DataError: it cannot be read, is no datalist, or lists nothing.
+    """
+    if not any(_listed(data).values()):
+        raise DataError(f"{data.datalist}: {', '.join(SPLITS)} are empty or missing, but must list at least one case")
+
+
 def case_of(image: Path, label: Path | None = None) -> Case:
     """Return the case that one image, outside any list, makes.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedoap.inputs import DataConfig
+from fedoap.dataconfig import DataConfig
 
 SURROUND = 0.25
 """Share of a patch's length that augmentation may see of the case beyond the patch, on each side."""

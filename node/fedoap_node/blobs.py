@@ -6,8 +6,10 @@ compared once at the start: nothing has to be synced or noted while the download
 to be written anew (`fedoap.spares`) while this runs and there is room.
 """
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from fedoap.errors import StorageError, TensorsError
 from fedoap.identity import sync_folder
 from fedoap.manifests import BlobManifest
 from fedoap.spares import Spares
+from fedoap.tensors import begin_write_back
 from fedoap_node.files import remove, write_durably
 
-WRITE_BACK_BYTES = 8 << 20
+LEAST_FREE_BYTES = 64 << 20
+"""What a download leaves free for results and the log, whatever size the coordinator says its model has."""
 
 
 class BlobStore:
@@ -47,9 +51,9 @@ class BlobStore:
         """Return for each part that an earlier run left how many of its first bytes are right; remove all others."""
         found: dict[bytes, int] = {}
         for path in sorted(self._parts.iterdir()):
-            at = _right_bytes(path, self._described(path)) if len(path.name) == 64 else 0
-            if at:
-                found[bytes.fromhex(path.name)] = at
+            blob = self._described(path)
+            if blob is not None and (at := right_bytes(path, blob)):
+                found[blob.id] = at
         self._keep_parts(found)
         return found
 
@@ -59,10 +63,10 @@ class BlobStore:
             self.drop(part)
             self._spares.take(self._part(part), blob.size)
         try:
-            self._make_room(part, blob)
+            self._make_room(part, blob, at)
         except OSError as error:
             self.drop(part)
-            if self._spares.clear():
+            if not at and self._spares.clear():
                 self.open(part, blob)
                 return
             raise StorageError(f"{self._parts}: no room for {blob.size} bytes: {error.strerror}") from None
@@ -74,10 +78,7 @@ class BlobStore:
             return
         try:
             written = os.pwrite(descriptor, data, at)
-            if (
-                at + written
-            ) % WRITE_BACK_BYTES == 0:  # so that little is left for the fdatasync, which holds the loop up
-                os.posix_fadvise(descriptor, at + written - WRITE_BACK_BYTES, WRITE_BACK_BYTES, os.POSIX_FADV_DONTNEED)
+            begin_write_back(descriptor, at, at + written)
         except OSError as error:
             self.drop(part)
             raise StorageError(f"{self._parts}: cannot be written: {error.strerror}") from None
@@ -110,8 +111,9 @@ class BlobStore:
         remove(self._part(part).with_suffix(".manifest"))
 
     def keep_only(self, blobs: Iterable[bytes]) -> None:
-        """Delete every blob but these, and every part that no download is at work on."""
-        kept = {blob.hex() for blob in blobs}
+        """Delete every blob but these, and every part of others that no download is at work on."""
+        needed = set(blobs)
+        kept = {blob.hex() for blob in needed}
         doomed = [path for path in self._blobs.iterdir() if path.name.removesuffix(".manifest") not in kept]
         for path in doomed:
             if path.suffix == ".manifest":
@@ -120,7 +122,7 @@ class BlobStore:
                 self._spares.keep(path)
         if doomed:  # else a power cut may bring a name back that by then has another blob's bytes
             sync_folder(self._blobs)
-        self._keep_parts(self._open)
+        self._keep_parts(needed | self._open.keys())
 
     def close(self) -> None:
         """Let go of all parts and spares; what has arrived stays for the next start."""
@@ -129,10 +131,13 @@ class BlobStore:
         self._open.clear()
         self._spares.clear()
 
-    def _make_room(self, part: bytes, blob: BlobManifest) -> None:
-        self._open[part] = descriptor = os.open(self._part(part), os.O_RDWR | os.O_CREAT, 0o600)
+    def _make_room(self, part: bytes, blob: BlobManifest, at: int) -> None:
+        fresh = 0 if at else os.O_CREAT  # what lies before `at` must be there
+        self._open[part] = descriptor = os.open(self._part(part), os.O_RDWR | fresh, 0o600)
         if blob.size:
             os.posix_fallocate(descriptor, 0, blob.size)
+        if shutil.disk_usage(self._parts).free < LEAST_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._part(part).with_suffix(".manifest").write_bytes(blob.pack())
 
     def _keep_parts(self, parts: Iterable[bytes]) -> None:
@@ -152,9 +157,9 @@ class BlobStore:
         return self._parts / part.hex()
 
 
-def _right_bytes(path: Path, blob: BlobManifest | None) -> int:
-    """Return how many bytes from the start are those of the blob, in whole chunks."""
-    if blob is None:
+def right_bytes(path: Path, blob: BlobManifest) -> int:
+    """Return how many of a file's first bytes are those of the blob, in whole chunks."""
+    if not blob.size:
         return 0
     with path.open("rb") as file:
         for at in range(0, blob.size, blob.chunk_bytes):

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -19,10 +20,10 @@ from fedoap.identity import fingerprint
 from fedoap.sitefolder import SiteFolder, find_site
 from fedoap_node.daemon import Node
 from fedoap_node.join import join
-from fedoap_node.journal import Journal
+from fedoap_node.journal import Journal, one_line
 from fedoap_node.membership import Membership
 from fedoap_node.ready import check_data
-from fedoap_node.state import SiteState, running
+from fedoap_node.state import SiteState, lock_state, running
 from fedoap_node.tunnel import Proxy
 
 HOME_HELP = "Folder that holds the sites' folders; else $FEDOAP_HOME, ./.fedoap or the user's data folder."
@@ -147,20 +148,28 @@ def serve(folder: SiteFolder, exit_when_finished: bool) -> None:
     config = load_site(folder.config)
     check_data(config, folder)
     member = Membership.read(folder)
-    state = SiteState(folder)
+    lock = lock_state(folder)
     journal = Journal(folder.log, member.site)
-    journal.note("started", f"fedoap-node {fedoap.__version__} for {member.federation}", software=fedoap.__version__)
     try:
-        Node(member, state, config, journal).run(exit_when_finished=exit_when_finished)
-        journal.note("ended", "ended in good order")
-    except (FedoapError, OSError) as error:
-        with suppress(OSError):  # the log may lie on the disk that is full
-            journal.note("ended", "ended by an error", level="error", reason=str(error))
-        if isinstance(error, FedoapError) and not isinstance(error, StorageError):
-            raise
+        with closing(journal), _end_told(journal):
+            said = f"fedoap-node {fedoap.__version__} for {member.federation}"
+            journal.note("started", said, software=fedoap.__version__)
+            state = SiteState(folder, lock)
+            Node(member, state, config, journal).run(exit_when_finished=exit_when_finished)
+    except (StorageError, OSError) as error:
         raise DiskError(_words(error)) from error
-    finally:
-        journal.close()
+
+
+@contextmanager
+def _end_told(journal: Journal) -> Iterator[None]:
+    """Log how the block ended, as far as the disk lets us: the log may lie on the one that is full."""
+    try:
+        yield
+    except (FedoapError, OSError) as error:
+        with suppress(OSError):
+            journal.note("ended", "ended by an error", level="error", reason=_words(error))
+        raise
+    journal.note("ended", "ended in good order")
 
 
 def main() -> None:
@@ -188,17 +197,14 @@ def _site(context: click.Context, site: str | None, home: Path | None, command: 
 
 
 def _complain(text: str, code: int = 2) -> int:
-    one_line = " ".join(text.split())
-    click.echo(f"fedoap-node: {one_line}", err=True)
+    click.echo(f"fedoap-node: {one_line(text)}", err=True)
     return code
 
 
 def _words(error: FedoapError | OSError) -> str:
-    return (
-        f"{error.filename or 'disk'}: the system refused: {error.strerror}"
-        if isinstance(error, OSError)
-        else str(error)
-    )
+    if isinstance(error, OSError):
+        return f"{error.filename or 'disk'}: the system refused: {error.strerror}"
+    return str(error)
 
 
 def _runs(folder: SiteFolder) -> str:
@@ -214,7 +220,7 @@ def _last_event(folder: SiteFolder) -> str:
     except (OSError, IndexError, ValueError):
         return "none"
     rest = " ".join(f"{key}={value}" for key, value in row.items() if key not in ("time", "level", "event"))
-    return f"{row['time']} {row['event']} {rest}".rstrip()
+    return one_line(f"{row['time']} {row['event']} {rest}")
 
 
 def _model(folder: SiteFolder) -> str:

@@ -23,6 +23,7 @@ from fedoap.protocol.events import (
     Disconnected,
     DropPart,
     FinishPart,
+    KeepBlobs,
     Learned,
     Leave,
     Note,
@@ -50,6 +51,8 @@ from fedoap_node.work import Work
 TICK_MS = 200
 LINGER_MS = 500
 LONGEST_REMINDER_SECONDS = 300.0
+MOST_UNSAID = 256
+"""Messages that may wait to be sent, besides those that a single answer calls for."""
 UNDECIDED = ("unreachable", "stranger", "stopping")
 """Refusals of a rotation that say nothing of its keys."""
 WARNINGS = ("refused", "disk", "stopped", "failed")
@@ -101,7 +104,7 @@ class Node:
         now = time.monotonic()
         for news in self._link.news(now):
             self._hear_of(news, now)
-        for answer in self._link.receive():
+        for answer in self._link.receive() if self._hears else ():
             if isinstance(answer, MessageError):
                 self._journal.note("malformed", f"coordinator sent nonsense: {answer}", level="warning")
             else:
@@ -118,11 +121,17 @@ class Node:
     def _wait(self) -> None:
         poller = zmq.Poller()
         wants_to_speak = bool(self._outbox) and self._link.up
-        poller.register(self._link.socket, zmq.POLLIN | (zmq.POLLOUT if wants_to_speak else 0))
+        interest = (zmq.POLLIN if self._hears else 0) | (zmq.POLLOUT if wants_to_speak else 0)
+        poller.register(self._link.socket, interest)
         poller.register(self._link.monitor, zmq.POLLIN)
         for descriptor in (self._woken.fileno(), *self._work.descriptors()):
             poller.register(descriptor, zmq.POLLIN)
         poller.poll(TICK_MS)
+
+    @property
+    def _hears(self) -> bool:
+        """Whether the coordinator is listened to: not while it leaves so much of what it asked for untaken."""
+        return len(self._outbox) < MOST_UNSAID
 
     def _hear_of(self, news: News, now: float) -> None:
         endpoint = self._member.endpoint
@@ -169,6 +178,8 @@ class Node:
                 self._outbox.append(effect)
             case OpenPart() | WritePart() | FinishPart() | DropPart():
                 return self._store(effect)
+            case KeepBlobs(blobs):
+                self._state.blobs.keep_only(blobs)
             case StartWork(task, manifest):
                 self._work.rest(over=False)
                 return self._work.start(task, manifest)
@@ -176,7 +187,7 @@ class Node:
                 self._work.stop()
             case Committed(_, manifest):
                 self._work.committed(manifest)
-                self._state.commit(manifest)
+                self._state.results.keep_only(manifest.work)
             case Learned(plan):
                 self._state.keep_plan(plan)
             case Leave():
@@ -246,7 +257,7 @@ class Node:
 
     def _flush(self) -> None:
         """Send what is due, as far as the connection takes it."""
-        while self._outbox and self._link.up:
+        while self._outbox and self._link.takes_more:
             match self._outbox[0]:
                 case Say(message, body):
                     sent = self._link.send(message, body)

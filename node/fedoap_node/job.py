@@ -1,7 +1,7 @@
 """The contract between the node daemon and its training process: files in, lines out, files back.
 
 The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`, or gives the path to
-a worker that waits for it (`fedoap_node.spare`), which says `JobDone` at the job's end and may be given
+a worker that waits for it (`fedoap_node.standby`), which says `JobDone` at the job's end and may be given
 another. The worker prints one JSON object a line on standard
 output (`JobProgress`), everything else on standard error, and leaves in `job.output`: `result.json`
 (`JobResult`, written last, atomically), `update.blob` and `update.manifest` (the tensors to upload,
@@ -14,7 +14,9 @@ same line as `error.txt` beside the job's file.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from fedoap.config import BlobFiles, Plan, SiteConfig, SiteData, WorkerConfig
 from fedoap.errors import StorageError, TrainingError
@@ -23,6 +25,9 @@ from fedoap.manifests import TaskManifest
 
 JobKind = Literal["init", "seed", "bank", "train", "calibrate", "local"]
 """`local` trains alone, with the steps of all rounds and of the calibration, for comparison."""
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+"""What a message can carry."""
 
 JOB = "job.json"
 RESULT = "result.json"
@@ -54,8 +59,8 @@ class JobProgress(Frozen):
     """One line of the worker's standard output."""
 
     stage: str
-    step: int
-    steps: int
+    step: Count
+    steps: Count
     loss: float
     dice: float = -1.0
     """Mean validation Dice, or -1 while there is none."""
@@ -70,9 +75,9 @@ class JobDone(Frozen):
 class JobResult(Frozen):
     """What the worker has to say at the end, beside the tensors."""
 
-    cases: int
+    cases: Count
     """Training cases used: the site's weight where the strategy weighs by cases."""
-    metrics: dict[str, float]
+    metrics: dict[Annotated[str, Field(min_length=1, max_length=64)], float]
     """Finite numbers only, such as `loss`, `dice_validation`, `dice_test`, `seconds`, `steps`."""
 
 

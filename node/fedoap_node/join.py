@@ -18,7 +18,7 @@ from pathlib import Path
 import zmq
 from pydantic import ValidationError
 
-from fedoap.config import Modality, SiteNetwork
+from fedoap.config import Modality, SiteData, SiteNetwork
 from fedoap.errors import ConfigError, IdentityError, MessageError, RefusedError, StorageError
 from fedoap.identity import (
     ENROL_CONTEXT,
@@ -33,9 +33,11 @@ from fedoap.identity import (
     sync_folder,
 )
 from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse
+from fedoap.segmentation.datalist import check_form
 from fedoap.sitefolder import SiteFolder, home_for_joining
+from fedoap_node.files import sync_tree, write_durably
 from fedoap_node.link import Address, Link, News
-from fedoap_node.membership import Membership
+from fedoap_node.membership import CERTIFICATE, Membership
 from fedoap_node.tunnel import Proxy
 
 ANSWER_SECONDS = 30.0
@@ -60,9 +62,12 @@ def join(
     """Return a site that has joined the token's federation, its folder written; it dials through the proxy, if any.
 
     Raises:
-        FedoapError: the token, the coordinator or the disk refused; nothing is left behind.
+        FedoapError: the token, the datalist, the coordinator or the disk is at fault. Nothing is left behind, and
+            the token stays good until the coordinator accepts it: all else is checked first.
     """
     token, way = Token.decode(text), _proxy(proxy)
+    if data is not None:
+        check_form(SiteData(datalist=data.absolute(), modality=modality))
     folder = SiteFolder(home_for_joining(home) / token.site)
     if folder.path.exists():
         raise IdentityError(f"site {token.site}: has joined already, {folder.path} is there; use another --home")
@@ -70,10 +75,10 @@ def join(
     keys = (token.server_key, token.federation_key)
     member = Membership(token.federation, token.site, token.endpoint, *keys, curve, signing)
     with _drafted(folder) as draft:
-        certificate = _enrol(token, member, way)
-        member.write(draft.identity, certificate)
         draft.config.touch(0o600)  # a proxy's password may stand there
         draft.config.write_text(site_toml(data, modality, proxy), encoding="utf-8")
+        member.write(draft.identity)
+        write_durably(draft.identity / CERTIFICATE, _enrol(token, member, way).pack())
     prints = (fingerprint(signing.public), fingerprint(token.federation_key))
     return Joined(folder, token.federation, *prints)
 
@@ -195,6 +200,7 @@ def _drafted(folder: SiteFolder) -> Iterator[SiteFolder]:
         raise StorageError(f"{home}: cannot be written: {error.strerror}") from None
     try:
         yield draft
+        sync_tree(draft.path)
         draft.path.rename(folder.path)
         sync_folder(home)
     except BaseException:

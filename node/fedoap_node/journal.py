@@ -1,24 +1,27 @@
 """What the daemon tells: a line on the console for people, a JSON line in `log.jsonl` for machines."""
 
 import datetime as dt
+import io
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TextIO
 
+from fedoap.tensors import write_all
+
 Level = Literal["info", "warning", "error"]
 Field = str | int | float
 MAX_LOG_BYTES = 32 << 20
+"""A log that is larger is moved aside: with the one moved before, twice as much is on the disk at most."""
 
 
 class Journal:
-    """Appends to the log and echoes to the console; each line is written in one piece."""
+    """Appends to the log and echoes to the console; a log that has grown large is moved aside meanwhile."""
 
     def __init__(self, path: Path, site: str, console: TextIO = sys.stderr) -> None:
         self._path, self._site, self._console = path, site, console
-        rotate(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _opened(path)
 
     def note(self, event: str, text: str, *, level: Level = "info", **fields: Field) -> None:
         """Log an event with its fields; the console shows the text alone."""
@@ -36,9 +39,11 @@ class Journal:
     def _write(self, event: str, text: str, level: Level, fields: Mapping[str, Field]) -> None:
         now = dt.datetime.now(dt.UTC)
         row = {"time": now.isoformat(timespec="milliseconds"), "level": level, "event": event, **fields}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._console.write(f"{now.astimezone():%H:%M:%S} {self._site}: {text}\n")
+        write_all(self._file, json.dumps(row).encode() + b"\n")
+        if self._file.tell() > MAX_LOG_BYTES:
+            self._file.close()
+            self._file = _opened(self._path)
+        self._console.write(f"{now.astimezone():%H:%M:%S} {self._site}: {one_line(text)}\n")
         self._console.flush()
 
 
@@ -46,3 +51,18 @@ def rotate(path: Path) -> None:
     """Move a log that has grown large aside, over the one moved before."""
     if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
         path.replace(path.with_name(f"{path.name}.1"))
+
+
+def one_line(text: str) -> str:
+    r"""Return a text, perhaps the coordinator's, as one line that a terminal only shows.
+
+    >>> one_line("all is well\n12:00:00 a: \x1b[2Jfinished")
+    'all is well 12:00:00 a: [2Jfinished'
+    """
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _opened(path: Path) -> io.FileIO:
+    """Return the log to append to, unbuffered: a full disk shows at the line that it refuses, not at the end."""
+    rotate(path)
+    return io.FileIO(path, "a")

@@ -1,8 +1,8 @@
 """The encrypted connection to the coordinator: one DEALER that dials out, and a monitor that tells how it fares.
 
-The options are those that the coordinator's ROUTER answers to. libzmq dials again on its own, with
-growing pauses, while nobody listens. A handshake that fails would be tried again at once and for
-ever, so there the pauses are ours. Through a proxy it dials a relay of our own, and all pauses are.
+The options match those of the coordinator's ROUTER. While nobody listens, libzmq dials again by itself,
+at growing pauses. A handshake that fails it would repeat at once and for ever, or, where the key was not
+accepted, never: so those pauses are ours. Through a proxy it dials a relay of our own, and all pauses are.
 """
 
 import random
@@ -35,14 +35,10 @@ ZAP_REFUSED = 400
 
 _EVENT = struct.Struct("=Hi")
 """A monitor's first frame: number of the event, and its value."""
-_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CONNECT_RETRIED
+_HANDSHAKE_FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+_EVENTS = _HANDSHAKE_FAILED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 
 
 class News(Enum):
@@ -53,7 +49,7 @@ class News(Enum):
     NO_ANSWER = "no answer"
     """Nobody listens at the address, or a firewall drops what is sent there."""
     STRANGER = "stranger"
-    """Somebody answers, but does not prove to hold the coordinator's key; or it is shutting down."""
+    """Somebody answers, but does not prove to hold the coordinator's key, or cannot judge ours: it may be stopping."""
     PROXY = "proxy"
     """The proxy is not there, or refuses: `Link.fault` says which."""
     KEY_REFUSED = "key refused"
@@ -112,6 +108,11 @@ class Link:
             self.socket.connect(self._endpoint)
         return self._dial_at
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether the connection is up and its queue not full."""
+        return self.up and self.socket.poll(0, zmq.POLLOUT) != 0
+
     def send(self, message: FromSite, body: bytes = b"") -> bool:
         """Return whether the message was taken; it is not while the connection is down or its queue full."""
         try:
@@ -150,7 +151,7 @@ class Link:
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH if value == ZAP_REFUSED:
                 self._pause(now)
                 return News.KEY_REFUSED
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            case _ if event & _HANDSHAKE_FAILED:
                 self._pause(now)
                 return News.PROXY if self.fault else News.STRANGER
             case _:

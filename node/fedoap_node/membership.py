@@ -85,15 +85,14 @@ class Membership:
         if said != (self.federation, self.site, self.curve.public, self.signing.public):
             raise IdentityError(f"certificate of {certificate.site}: is not about site {self.site} and its keys")
 
-    def write(self, identity: Path, certificate: Certificate) -> None:
-        """Write the identity folder's files.
+    def write(self, identity: Path) -> None:
+        """Write the identity folder's files but the certificate.
 
         Raises:
             StorageError: the disk refuses.
         """
         write_private(identity / SIGNING_KEY, self.signing.secret)
         write_private(identity / CURVE_KEY, self.curve.secret)
-        write_durably(identity / CERTIFICATE, certificate.pack())
         record = FederationRecord(
             federation=self.federation,
             site=self.site,

@@ -1,17 +1,19 @@
 """Lets libzmq through a proxy: listens on loopback, at a port that the system chose, and passes bytes on.
 
-libzmq knows no HTTP CONNECT, and of a SOCKS5 proxy that refuses it says nothing; so both go this way.
-Whoever connects to the port gets to the coordinator and nowhere else, and there needs a key.
+libzmq does not speak HTTP CONNECT, and does not say why a SOCKS5 proxy refused; so both go this way.
+Whoever connects to the port reaches the coordinator and nothing else, and needs a key there.
 """
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedoap_node.tunnel import Proxy, ProxyError, Target, dial
 
 DIAL_SECONDS = 15.0
+RETRY_SECONDS = 0.1
 BUFFER_BYTES = 1 << 18
 
 
@@ -40,8 +42,9 @@ class Relay:
         while not self._is_closed:
             try:
                 near, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or out of descriptors, which may be over in a while
+                time.sleep(RETRY_SECONDS)
+                continue
             threading.Thread(target=self._carry, args=(near,), name="relay-up", daemon=True).start()
 
     def _carry(self, near: socket.socket) -> None:

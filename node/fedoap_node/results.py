@@ -18,9 +18,12 @@ from fedoap.errors import StorageError, TensorsError, TrainingError
 from fedoap.identity import sync_folder, write_private
 from fedoap.manifests import BlobManifest
 from fedoap.packing import pack_blob
+from fedoap.params import PERSONAL_PREFIX
 from fedoap.seal import KEY_BYTES
 from fedoap.sitefolder import SiteFolder
 from fedoap.spares import Spares
+from fedoap.tensors import open_to_overwrite
+from fedoap.toml import first_line
 from fedoap_node.files import remove, share, sync_tree, write_durably
 from fedoap_node.job import JOB, PERSONAL, RESULT, UPDATE_BLOB, UPDATE_MANIFEST, Job, JobResult
 
@@ -30,10 +33,10 @@ SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
 ORDER = "order"
 """Which of the kept results was finished after which: a number that only grows. Clocks may be set back."""
+WORK_LETTERS = 64
+"""Of a work's name in hexadecimal digits: the folder of a worker that is still busy has more."""
 GONE = "gone-"
 """Begins the names of results on their way off the disk."""
-PERSONAL_PREFIX = "personal."
-"""Names of tensors that never leave a site begin so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,36 @@ class Results:
         generations = self._generations()
         return generations[-1] if generations else None
 
-    def start(self, work: bytes, size: int = 0) -> Path:
-        """Return a fresh folder for a worker's output, with an old file to write over if the update's size is known."""
+    def start(self, work: bytes, size: int = 0, *, packs: bool = False) -> Path:
+        """Return a fresh folder for a worker's output, with room for an update of so many bytes, and for it packed.
+
+        The room is taken now, an old update's if there is one: without it the work would be done in vain.
+        Of the results that are kept only the last stays: those of a site that is always late are never committed.
+
+        Raises:
+            StorageError: there is no room.
+        """
+        self._drop_all(sorted(self._kept(), key=_order)[:-1])
         output = Path(tempfile.mkdtemp(prefix=f"{work.hex()}-", dir=self._work))
         self._spares.take(output / UPDATE_BLOB, size)
+        try:
+            for name in (UPDATE_BLOB, PACKED_BLOB) if packs else (UPDATE_BLOB,):
+                self._take_room(output / name, size)
+        except OSError as error:
+            remove(output)
+            raise StorageError(f"{output}: no room for an update of {size} bytes: {error.strerror}") from None
         return output
+
+    def _take_room(self, path: Path, size: int) -> None:
+        if not size:
+            return
+        with open_to_overwrite(path) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError:
+                if not self._spares.clear():
+                    raise
+                os.posix_fallocate(file.fileno(), 0, size)
 
     def find(self, work: bytes) -> Result | None:
         """Return the kept result of this work, if there is one."""
@@ -84,11 +112,10 @@ class Results:
         Raises:
             TrainingError: the result is missing, does not fit its manifest or names personal tensors.
             TensorsError: it cannot be packed: its tensors are not the model's, or not finite.
-            StorageError: the disk has no room to pack it.
-            OSError: the disk refuses otherwise.
+            OSError: the disk refuses.
         """
         _read(output)
-        self._pack(output)
+        _pack(output)
         (output / ORDER).write_text(str(1 + max(map(_order, self._work.iterdir()), default=0)), encoding="utf-8")
         if self._durable:
             sync_tree(output)
@@ -98,17 +125,6 @@ class Results:
         self._sync(self._work)
         self._settle(folder)
         return _read(folder)
-
-    def _pack(self, output: Path) -> None:
-        """Pack the update where the plan has it so, with the room of an old one if there is no other."""
-        try:
-            _pack(output)
-        except OSError as error:
-            if self._spares.clear():
-                self._pack(output)
-                return
-            path = output / PACKED_BLOB
-            raise StorageError(f"{path}: cannot be written: {error.strerror}, and wire.updates is packed") from None
 
     def seal_secret(self, work: bytes, task: bytes) -> bytes:
         """Return the secret that this work's upload for a task is sealed with; it is durable, and the same each time.
@@ -124,20 +140,16 @@ class Results:
         return secret
 
     def recover(self) -> None:
-        """Remove what crashed workers left and do what a crash of ours left undone."""
+        """Remove what crashed workers left, or another version wrote, and do what a crash of ours left undone."""
         for path in self._work.iterdir():
-            if len(path.name) != 64 or not (path / RESULT).is_file():
+            if len(path.name) != WORK_LETTERS or not (path / RESULT).is_file() or _job(path) is None:
                 remove(path)
         for folder in sorted(self._work.iterdir(), key=_order):
             self._settle(folder)
 
     def keep_only(self, work: bytes) -> None:
         """Delete every kept result but this work's; the next worker writes over an update that nobody reads."""
-        doomed = [path for path in self._work.iterdir() if path.name != work.hex()]
-        for path in doomed:
-            self._drop(path)
-        if doomed:  # else a power cut may bring a result back that by then has another's bytes
-            sync_folder(self._work)
+        self._drop_all([path for path in self._work.iterdir() if path.name != work.hex()])
 
     def drop(self, work: bytes) -> None:
         """Delete this work's result, if there is one."""
@@ -147,6 +159,12 @@ class Results:
     def close(self) -> None:
         """Delete what only this process can use."""
         self._spares.clear()
+
+    def _drop_all(self, folders: list[Path]) -> None:
+        for folder in folders:
+            self._drop(folder)
+        if folders:  # else a power cut may bring a result back that by then has another's bytes
+            sync_folder(self._work)
 
     def _drop(self, folder: Path) -> None:
         """Take a folder's name away, so that a crash leaves no result of which half is there, then delete it."""
@@ -163,8 +181,8 @@ class Results:
             newest = self.personal
             left.rename(self._personal / f"{int(newest.name) + 1 if newest else 1:08d}")
             self._sync(self._personal)
-        job = Job.model_validate_json((folder / JOB).read_bytes())
-        if job.kind in ("train", "calibrate"):
+        job = _job(folder)
+        if job is not None and job.kind in ("train", "calibrate"):
             self._write_record(job, folder)
             for old in self._generations()[:-1]:
                 remove(old)
@@ -172,7 +190,7 @@ class Results:
     def _write_record(self, job: Job, folder: Path) -> None:
         """Write `model.json`: what this job trained, and the personal state that it left with it."""
         update = BlobFiles(blob=folder / UPDATE_BLOB, manifest=folder / UPDATE_MANIFEST)
-        shared = update if job.kind == "train" and update.blob.is_file() else job.model
+        shared = update if job.kind == "train" and update.manifest.is_file() else job.model
         if shared is None or not all(self._is_here(files) for files in (shared, job.bank) if files):
             return
         linked = self._link(shared)
@@ -204,6 +222,9 @@ class Results:
         share(files.manifest, linked.manifest)
         return linked
 
+    def _kept(self) -> list[Path]:
+        return [path for path in self._work.iterdir() if len(path.name) == WORK_LETTERS]
+
     def _generations(self) -> list[Path]:
         return sorted(path for path in self._personal.iterdir() if path.name.isdecimal())
 
@@ -215,9 +236,20 @@ def _order(folder: Path) -> int:
         return 0
 
 
+def _job(folder: Path) -> Job | None:
+    """Return what a worker's output is of; nothing where another version wrote it."""
+    try:
+        return Job.model_validate_json((folder / JOB).read_bytes())
+    except ValidationError:
+        return None
+
+
 def _pack(folder: Path) -> None:
-    job, table = Job.model_validate_json((folder / JOB).read_bytes()), folder / UPDATE_MANIFEST
-    if job.kind == "train" and job.model is not None and job.plan.wire.updates == "packed" and table.is_file():
+    """Pack the update where the plan has it so."""
+    job, table = _job(folder), folder / UPDATE_MANIFEST
+    if job is None or job.kind != "train" or job.model is None or job.plan.wire.updates == "plain":
+        return
+    if table.is_file():
         update, base = (BlobManifest.unpack(path.read_bytes()) for path in (table, job.model.manifest))
         packed = pack_blob(folder / UPDATE_BLOB, update, job.model.blob, base, folder / PACKED_BLOB)
         (folder / PACKED_MANIFEST).write_bytes(packed.pack())
@@ -231,8 +263,10 @@ def _read(folder: Path) -> Result:
         has_tensors = (folder / table).is_file()
         blob = BlobManifest.unpack((folder / table).read_bytes()) if has_tensors else BlobManifest((), b"")
         size = (folder / name).stat().st_size if blob.size else 0
-    except (OSError, ValidationError, TensorsError) as error:
-        raise TrainingError(f"worker: left no usable result: {str(error).splitlines()[0]}") from None
+    except ValidationError as error:
+        raise TrainingError(f"worker: left no usable result: {RESULT}: {first_line(error, JobResult)}") from None
+    except (OSError, TensorsError) as error:
+        raise TrainingError(f"worker: left no usable result: {error}") from None
     if size != blob.size:
         raise TrainingError(f"worker: {name} has {size} bytes, but its manifest says {blob.size}")
     personal = [spec.name for spec in blob.tensors if spec.name.startswith(PERSONAL_PREFIX)]

@@ -86,9 +86,8 @@ def _certified(member: Membership, heir: Membership, proxy: Proxy | None) -> Cer
     except RefusedError as error:
         if error.code != "revoked":
             raise
-    return _ask(
-        member, heir.curve, request, proxy
-    )  # an earlier answer was lost: the coordinator knows the new key only
+    # an earlier answer was lost: the coordinator knows the new key only
+    return _ask(member, heir.curve, request, proxy)
 
 
 def _request(member: Membership, heir: Membership) -> Rotate:

@@ -2,27 +2,31 @@
 
 import fcntl
 import os
+import time
+from contextlib import suppress
 
 from fedoap.config import Plan
 from fedoap.errors import StorageError, TrainingError
 from fedoap.identity import sync_folder
 from fedoap.manifests import TaskManifest
 from fedoap.sitefolder import SiteFolder
-from fedoap_node.blobs import BlobStore
+from fedoap_node.blobs import BlobStore, right_bytes
 from fedoap_node.files import write_durably
 from fedoap_node.results import Result, Results
 
+LOOK_SECONDS = 0.5
+"""A lock may be held for a moment by `running`, which only looks."""
+
 
 class SiteState:
-    """The state folder of one site, held by this process until `close`.
+    """The state folder of one site, held by this process until `close` gives the lock back.
 
     Raises:
-        StorageError: another process holds it, or the disk refuses.
+        StorageError: the disk refuses.
     """
 
-    def __init__(self, folder: SiteFolder) -> None:
-        self.folder = folder
-        self._lock = lock_state(folder)
+    def __init__(self, folder: SiteFolder, lock: int) -> None:
+        self.folder, self._lock = folder, lock
         self.blobs = BlobStore(folder.state)
         self.results = Results(folder)
         self.results.recover()
@@ -47,20 +51,13 @@ class SiteState:
             raise TrainingError("plan: the coordinator has sent none yet") from None
 
     def finished(self, manifest: TaskManifest) -> Result | None:
-        """Return the kept result of a task's work, if there is one; one that cannot be read is removed."""
-        try:
-            return self.results.find(manifest.work)
-        except TrainingError:
-            self.results.drop(manifest.work)
-            return None
-
-    def commit(self, manifest: TaskManifest) -> None:
-        """Delete what is no longer needed once the coordinator holds this task's result for good.
-
-        The result itself stays: a round that fails is tried again, with the same work.
-        """
-        self.results.keep_only(manifest.work)
-        self.blobs.keep_only(blob.id for blob in manifest.blobs)
+        """Return the kept result of a task's work, if there is one; one that has rotted on the disk is removed."""
+        with suppress(TrainingError):
+            kept = self.results.find(manifest.work)
+            if kept is None or right_bytes(kept.path, kept.blob) == kept.blob.size:
+                return kept
+        self.results.drop(manifest.work)
+        return None
 
     def close(self) -> None:
         """Let another process hold the state."""
@@ -81,15 +78,27 @@ def lock_state(folder: SiteFolder) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise StorageError(f"{path}: cannot be opened: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not _is_locked(descriptor):
+        if time.monotonic() < deadline:
+            time.sleep(0.02)
+            continue
         holder = os.read(descriptor, 20).decode(errors="replace").strip()
         os.close(descriptor)
         raise StorageError(f"site {folder.name}: another node runs on {folder.path}, process {holder}") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    with suppress(OSError):  # on a full disk a node can still end in good order what it has in hand
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Return whether the lock could be taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def running(folder: SiteFolder) -> int | None:

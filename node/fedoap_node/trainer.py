@@ -19,9 +19,14 @@ from fedoap_node.job import ERROR, JobDone, JobProgress
 from fedoap_node.journal import rotate
 
 READ_BYTES = 1 << 16
+MOST_READS = 16
+"""Of a worker's output at a time: one that prints without end must not keep the daemon from its other work."""
+LONGEST_LINE = 1 << 20
 WORDS = re.compile(r"\w")
 GRACE_SECONDS = 10.0
 """A worker that was asked to end is killed after so long."""
+KILL_SECONDS = 2.0
+"""A killed worker is waited for so long: one that hangs in a driver outlasts even SIGKILL."""
 
 
 def worker_command(worker: WorkerConfig, job: Path) -> list[str]:
@@ -54,7 +59,8 @@ class Trainer:
     def __init__(self, command: list[str], output: Path | None, log: Path) -> None:
         rotate(log)
         self._output, self._log = output, log
-        self._log_start = log.stat().st_size if log.exists() else 0
+        self._log_start = _size(log)
+        self._heard = time.monotonic()
         self._pending = b""
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
         try:
@@ -81,7 +87,8 @@ class Trainer:
         The worker ends after its last one: it may have done so before this returns.
         """
         assert self._process.stdin is not None
-        self._output, self._log_start, self._has_done = job.parent, self._log.stat().st_size, False
+        self._output, self._log_start, self._has_done = job.parent, _size(self._log), False
+        self._heard = time.monotonic()
         try:
             self._process.stdin.write(os.fsencode(job) + b"\n")
             if last:
@@ -96,21 +103,27 @@ class Trainer:
 
     def progress(self) -> JobProgress | None:
         """Return the newest progress that has arrived since the last call; other lines go to its log."""
-        newest = None
+        newest, others = None, list[bytes]()
         for line in self._lines():
             match _said(line):
                 case JobProgress() as progress:
                     newest = progress
                 case JobDone():
-                    self._has_done = True
+                    self._has_done = self._process.stdin is not None  # else it has no way to wait for more
                 case None:
-                    with self._log.open("ab") as log:
-                        log.write(line + b"\n")
+                    others.append(line + b"\n")
+        if others:
+            with self._log.open("ab") as log:
+                log.writelines(others)
         return newest
 
     def has_done(self) -> bool:
         """Return whether the worker has said, as far as `progress` has heard, that its job is done and it waits."""
         return self._has_done
+
+    def silent_seconds(self) -> float:
+        """Return for how long the worker has said nothing about its job."""
+        return time.monotonic() - self._heard
 
     def exit_code(self) -> int | None:
         """Return the exit code, or nothing while the worker runs."""
@@ -118,8 +131,7 @@ class Trainer:
 
     def last_words(self) -> str:
         """Return the line that says why the worker failed: its `error.txt`, else its last on standard error."""
-        error = self._output / ERROR if self._output else None
-        said = _tail(error, 0) if error and error.is_file() else ""
+        said = _tail(self._output / ERROR, 0) if self._output else ""
         lines = (said or _tail(self._log, self._log_start)).split("\n")
         # the distributed launcher ends its report by a ruler
         return next((line.strip() for line in reversed(lines) if WORDS.search(line)), "it left no message")
@@ -131,7 +143,8 @@ class Trainer:
     def kill(self) -> None:
         """End the worker's process group at once and release everything held for it."""
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_SECONDS)
         self.close()
 
     def end(self) -> None:
@@ -152,7 +165,7 @@ class Trainer:
             self._ended = -1
 
     def _lines(self) -> list[bytes]:
-        while True:
+        for _ in range(MOST_READS):
             try:
                 data = os.read(self._stdout.fileno(), READ_BYTES)
             except BlockingIOError:
@@ -160,8 +173,11 @@ class Trainer:
             if not data:
                 self._talks = False
                 break
+            self._heard = time.monotonic()
             self._pending += data
         *lines, self._pending = self._pending.split(b"\n")
+        if len(self._pending) > LONGEST_LINE:
+            lines, self._pending = [*lines, self._pending], b""
         return lines
 
     def _signal(self, number: int) -> None:
@@ -178,7 +194,15 @@ def _said(line: bytes) -> JobProgress | JobDone | None:
     return None
 
 
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
 def _tail(path: Path, start: int) -> str:
-    with path.open("rb") as file:
-        file.seek(max(start, file.seek(0, os.SEEK_END) - READ_BYTES))
-        return file.read().decode(errors="replace")
+    """Return the end of a file, from byte `start` at the earliest; nothing if somebody has taken it away."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(start, file.seek(0, os.SEEK_END) - READ_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

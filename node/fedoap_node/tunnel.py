@@ -18,6 +18,7 @@ from fedoap.fields import PROXY_PATTERN
 
 LONGEST_ANSWER = 16_384
 """Bytes of a proxy's answer to CONNECT, its header fields included."""
+LONGEST_SOCKS_WORD = 255
 _SOCKS = 5
 _OPEN_TO_ALL, _PASSWORD, _NONE_FITS = 0, 2, 255
 _SOCKS_REPLIES = {
@@ -86,8 +87,8 @@ def dial(target: Target, proxy: Proxy | None, seconds: float) -> socket.socket:
         return socket.create_connection((target.host, target.port), seconds)
     try:
         connection = socket.create_connection((proxy.at.host, proxy.at.port), seconds)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, UnicodeError) as error:  # the latter of a name that no DNS could hold
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ProxyError(f"proxy {proxy}: cannot be reached: {reason}; see network.proxy in site.toml") from None
     try:
         return _through(connection, target, proxy)
@@ -150,6 +151,9 @@ def _connect_by_socks(connection: socket.socket, target: Target, proxy: Proxy) -
         raise ProxyError(f"proxy {proxy}: is no SOCKS5 proxy, it answered {printable(bytes([version, method]))!r}")
     if method == _PASSWORD and proxy.user:
         user, password = proxy.user.encode(), proxy.password.encode()
+        if max(len(user), len(password)) > LONGEST_SOCKS_WORD:
+            what = f"SOCKS5 takes user and password of at most {LONGEST_SOCKS_WORD} bytes"
+            raise ProxyError(f"proxy {proxy}: {what}; see network.proxy in site.toml")
         connection.sendall(bytes([1, len(user)]) + user + bytes([len(password)]) + password)
         if _exactly(connection, 2, proxy)[1]:
             raise ProxyError(f"proxy {proxy}: {_wants_password(proxy)}")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedoap.config import SiteConfig
-from fedoap.errors import FedoapError
+from fedoap.errors import FedoapError, TensorsError
 from fedoap.manifests import TaskManifest, UploadManifest
+from fedoap.messages import MAX_BODY_BYTES
 from fedoap.protocol.course import Step
 from fedoap.protocol.events import SiteEvent, WorkDone, WorkFailed, WorkProgress
 from fedoap.seal import Seal, public_half
@@ -16,7 +17,7 @@ from fedoap_node.files import remove
 from fedoap_node.job import JOB, write_job
 from fedoap_node.journal import Journal
 from fedoap_node.results import Result
-from fedoap_node.spare import Spare
+from fedoap_node.standby import Standby
 from fedoap_node.state import SiteState
 from fedoap_node.trainer import GRACE_SECONDS, Trainer
 
@@ -52,7 +53,7 @@ class Work:
         self._running: _Running | None = None
         self._ending: list[_Running] = []
         self._upload: _Upload | None = None
-        self._spare, self._is_over = Spare(config.worker, state.folder.worker_log), False
+        self._standby, self._is_over = Standby(config.worker, state.folder.worker_log), False
 
     def start(self, task: bytes, manifest: TaskManifest) -> SiteEvent | None:
         """Start a worker on the task, and return how it ended if that is known already.
@@ -60,7 +61,7 @@ class Work:
         A result that is kept for the same work is taken as it is, and a worker that is busy with it goes on.
         """
         running = self._running
-        if running is not None and running.manifest.work == manifest.work:
+        if running is not None and running.manifest.work == manifest.work and not self._hangs(running):
             running.task, running.manifest, running.wanted = task, manifest, True
             return None
         self.stop()
@@ -94,13 +95,13 @@ class Work:
                 remove(running.output)
                 self._ending.remove(running)
         if self._running is None and not self._is_over:
-            self._spare.prepare()
+            self._standby.prepare()
 
     def rest(self, *, over: bool) -> None:
         """Let no worker wait while the federation is over."""
         self._is_over = over
         if over:
-            self._spare.close()
+            self._standby.close()
 
     def news(self) -> list[SiteEvent]:
         """Return what the worker has to say: how far it is, and how it ended."""
@@ -116,7 +117,7 @@ class Work:
         if code is not None:
             self._running = None
             if done:
-                self._spare.keep(running.trainer)
+                self._standby.keep(running.trainer)
             else:
                 running.trainer.kill()  # the worker is gone; what it started may not be
             events.append(self._finish(running, code))
@@ -154,22 +155,34 @@ class Work:
         self._close_upload()
 
     def _launch(self, task: bytes, manifest: TaskManifest) -> _Running:
-        output = self._state.results.start(manifest.work, manifest.model.size if manifest.model else 0)
+        plan = self._state.plan()
+        size = manifest.model.size if manifest.model and manifest.kind == "train" else 0
+        output = self._state.results.start(manifest.work, size, packs=plan.wire.updates == "packed")
         try:
             write_job(
                 manifest,
                 site=self._state.folder.name,
-                plan=self._state.plan(),
+                plan=plan,
                 config=self._config,
                 blobs=self._state.blobs.files,
                 personal=self._state.results.personal,
                 cache=self._state.cache,
                 output=output,
             )
-        except FedoapError:
+            trainer = self._standby.take(output / JOB)
+        except (FedoapError, OSError):
             remove(output)
             raise
-        return _Running(task, manifest, output, self._spare.take(output / JOB), time.monotonic())
+        return _Running(task, manifest, output, trainer, time.monotonic())
+
+    def _hangs(self, running: _Running) -> bool:
+        """Return whether a worker has said nothing for longer than a whole attempt may take; slow ones report steps."""
+        silent = running.trainer.silent_seconds()
+        if silent <= running.manifest.deadline_seconds:
+            return False
+        said = f"{_name(running.manifest)}: the worker has said nothing for {silent:.0f} s, so a fresh one begins"
+        self._journal.note("work_hangs", said, level="warning", kind=running.manifest.kind)
+        return True
 
     def _finish(self, running: _Running, code: int) -> SiteEvent:
         seconds = round(time.monotonic() - running.started, 3)
@@ -195,6 +208,8 @@ class Work:
         try:
             secret = self._state.results.seal_secret(manifest.work, task)
             upload = replace(upload, seal_key=public_half(secret))
+            if (size := len(upload.pack())) > MAX_BODY_BYTES:
+                raise TensorsError(f"result's manifest has {size} bytes, but a message holds {MAX_BODY_BYTES}")
             seal = Seal.of_site(upload, secret, manifest.seal_key)
             self._upload = _Upload(result.blob.id, os.open(result.path, os.O_RDONLY), seal)
         except (FedoapError, OSError) as error:

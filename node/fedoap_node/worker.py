@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from fedoap.errors import ConfigError, FedoapError
 from fedoap_node.job import ERROR, Job, JobDone, JobProgress
-from fedoap_node.spare import ON_STANDARD_INPUT
+from fedoap_node.standby import ON_STANDARD_INPUT
 from fedoap_node.workshop import Workshop
 
 if TYPE_CHECKING:

@@ -78,7 +78,7 @@ class Federation:
         text = CONFIG.format(sites=json.dumps(SITES), attention=self.attention, updates=self.updates, **numbers)
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "gate").mkdir()
-        (self.root / "datalist.json").write_text("{}")
+        (self.root / "datalist.json").write_text('{"training": ["1.png"]}')
         self.config.write_text(text)
 
     @property

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedoap.errors import FedoapError
+from fedoap.errors import FedoapError, StorageError
 from fedoap.identity import Token, curve_keys, fingerprint, read_private, signing_keys
 from fedoap.sitefolder import SiteFolder
 from fedoap_node import join as joining
+from fedoap_node import membership
 from fedoap_node.join import join
 from fedoap_node.membership import Membership
 
@@ -42,7 +43,7 @@ def refusal(token: str, home: Path) -> str:
 
 def test_a_site_joins_by_one_command_and_its_keys_are_its_own(hospital: "Federation", tmp_path: Path) -> None:
     token = hospital.command("invite", "hospital_a", "--valid-hours", "1").strip()
-    (tmp_path / "list.json").write_text("{}")
+    (tmp_path / "list.json").write_text('{"training": ["1.png"]}')
     data = ["--data", str(tmp_path / "list.json"), "--modality", "ct", "--home", str(tmp_path / "home")]
 
     done = subprocess.run(
@@ -65,6 +66,46 @@ def test_a_token_used_twice_is_refused(hospital: "Federation", tmp_path: Path) -
     join(token, tmp_path / "first")
 
     assert "used" in refusal(token, tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("site.toml", "not a JSON datalist"),
+        ("[]", "holds a list, but a datalist is an object"),
+        ('{"training": [7]}', r"training\[0\]: is 7, but a case is an object"),
+        ('{"cases": ["1.png"]}', "training, validation, test are empty or missing"),
+    ],
+)
+def test_a_file_that_is_no_datalist_leaves_the_token_good(
+    hospital: "Federation", tmp_path: Path, content: str, expected: str
+) -> None:
+    """Planted bug: the datalist looked at when the node starts, when the token is used up."""
+    token, data = hospital.command("invite", "hospital_b").strip(), tmp_path / "list.json"
+    data.write_text(content)
+
+    with pytest.raises(FedoapError, match=expected):
+        join(token, tmp_path / "home", data)
+
+    assert not (tmp_path / "home").exists()
+    join(token, tmp_path / "home")
+
+
+def test_a_full_disk_leaves_the_token_good(
+    hospital: "Federation", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: keys and settings written when the coordinator has answered."""
+    token = hospital.command("invite", "hospital_b").strip()
+
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(membership, "write_private", full)
+    with pytest.raises(StorageError):
+        join(token, tmp_path / "home")
+    monkeypatch.undo()
+
+    join(token, tmp_path / "home")
 
 
 def test_an_expired_token_is_refused(hospital: "Federation", tmp_path: Path) -> None:

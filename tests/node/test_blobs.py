@@ -99,6 +99,39 @@ def test_parts_of_blobs_that_nobody_wants_go_when_a_task_is_over(tmp_path: Path)
     assert list((tmp_path / "state" / "parts").iterdir()) == []
 
 
+def test_a_part_of_a_blob_that_is_wanted_stays_until_its_turn_comes(tmp_path: Path) -> None:
+    """Planted bug: only those parts kept that are being written."""
+    manifest, data = large(tmp_path)
+    store = BlobStore(tmp_path / "state")
+    store.open(manifest.id, manifest)
+    store.write(manifest.id, 0, data[:MIB])
+    store.close()
+
+    again = BlobStore(tmp_path / "state")
+    again.keep_only([manifest.id])
+
+    assert again.partly() == {manifest.id: MIB}
+
+
+@pytest.mark.parametrize("lost", ["part", "room"])
+def test_a_download_never_goes_on_in_a_file_that_lacks_its_start(tmp_path: Path, lost: str) -> None:
+    """Planted bugs: the part made anew where it is gone; a spare put in its place."""
+    (manifest, data), (old, bytes_of_old) = large(tmp_path), another(tmp_path)
+    store, parts = BlobStore(tmp_path / "state"), tmp_path / "state" / "parts"
+    store.open(manifest.id, manifest)
+    store.write(manifest.id, 0, data[:MIB])
+    stored(store, old, bytes_of_old)
+    store.keep_only([])
+    if lost == "part":
+        store.drop(manifest.id)
+    else:
+        (parts / f"{manifest.id.hex()}.manifest").unlink()
+        (parts / f"{manifest.id.hex()}.manifest").mkdir()
+
+    with pytest.raises(StorageError, match="no room for"):
+        store.open(manifest.id, manifest, MIB)
+
+
 def test_a_manifest_without_its_blob_is_not_counted_as_stored(tmp_path: Path) -> None:
     manifest, _ = blob(tmp_path)
     store = BlobStore(tmp_path / "state")

@@ -25,7 +25,8 @@ def site(tmp_path: Path) -> Path:
     (folder / "site.toml").write_text('[data]\ndatalist = "../list.json"\n[worker]\ncommand = ["true"]\n')
     certificate = Certificate.issue(FEDERATION.secret, "demo", "hospital_a", (CURVE.public, SITE.public))
     address = ("tcp://127.0.0.1:1", SERVER.public, FEDERATION.public)
-    Membership("demo", "hospital_a", *address, CURVE, SITE).write(folder / "identity", certificate)
+    Membership("demo", "hospital_a", *address, CURVE, SITE).write(folder / "identity")
+    (folder / "identity/certificate").write_bytes(certificate.pack())
     return folder
 
 

@@ -113,6 +113,26 @@ def test_pauses_between_failed_handshakes_grow(door: Door, dial: Callable[..., L
     assert time.monotonic() - started > 0.1 + 0.2 + 0.4
 
 
+def test_a_coordinator_that_cannot_judge_the_key_is_dialled_again(context: Context, dial: Callable[..., Link]) -> None:
+    """Planted bug: only 400, the key refused, taken for an end of the handshake: libzmq never dials again then."""
+    with context.socket(zmq.REP) as guard, context.socket(zmq.ROUTER) as port:
+        guard.bind("inproc://zeromq.zap.01")
+        port.curve_server = True
+        port.curve_publickey, port.curve_secretkey, port.zap_domain = SERVER.public, SERVER.secret, b"fedoap"
+        port.bind("tcp://127.0.0.1:*")
+        link = dial(str(port.get_string(zmq.LAST_ENDPOINT)))
+        deadline, asked = time.monotonic() + 2, 0
+        while time.monotonic() < deadline:
+            if guard.poll(20):
+                _, number, *_ = guard.recv_multipart()
+                guard.send_multipart([b"1.0", number, b"500", b"", b"", b""])
+                asked += 1
+            assert News.KEY_REFUSED not in list(link.news(time.monotonic()))
+            link.dial(time.monotonic())
+
+    assert 2 <= asked <= 5
+
+
 def test_an_address_to_listen_at_cannot_be_dialled_and_is_named(dial: Callable[..., Link]) -> None:
     """Planted bug: libzmq's error let through."""
     with pytest.raises(ConfigError, match=r"address is tcp://\*:7470, but cannot be dialled: invalid argument"):

@@ -32,7 +32,8 @@ def joined(home: Path) -> Path:
     (folder / "site.toml").write_text('[data]\ndatalist = "../list.json"\n[worker]\ncommand = ["true"]\n')
     address = ("tcp://127.0.0.1:1", SERVER.public, FEDERATION.public)
     certificate = Certificate.issue(FEDERATION.secret, "demo", "hospital_a", (CURVE.public, SITE.public))
-    Membership("demo", "hospital_a", *address, CURVE, SITE).write(folder / "identity", certificate)
+    Membership("demo", "hospital_a", *address, CURVE, SITE).write(folder / "identity")
+    (folder / "identity/certificate").write_bytes(certificate.pack())
     return folder
 
 
@@ -132,3 +133,13 @@ def test_a_disk_that_refuses_a_node_at_work_is_worth_another_start(
         main()
 
     assert ended.value.code == 1
+
+
+def test_a_disk_that_is_full_at_the_start_is_worth_another_start(tmp_path: Path) -> None:
+    """Planted bug: exit code 2, so that a node that ran out of room is down for good at its second start."""
+    folder = joined(tmp_path)
+    (folder / "log.jsonl").symlink_to("/dev/full")
+
+    said = run(tmp_path, "--site", "hospital_a", "--home", str(tmp_path))
+
+    assert (said.returncode, said.stderr) == (1, "fedoap-node: disk: the system refused: No space left on device\n")

@@ -1,7 +1,9 @@
 """The node behind a proxy: bytes pass unharmed, and a proxy that refuses is named with what to do."""
 
+import errno
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -131,6 +133,42 @@ def test_a_proxy_that_is_not_there_is_named(context: Context, door: Door) -> Non
 
     assert link.fault == f"proxy {nowhere}: cannot be reached: connection refused; see network.proxy in site.toml"
     link.close()
+
+
+def test_a_password_that_socks_cannot_carry_is_said() -> None:
+    """Planted bug: the length in one byte as it is, at which the relay's thread ends without a word."""
+    proxy = SocksProxy(asks_for="fedoap:s3cret")
+
+    with pytest.raises(ProxyError, match="user and password of at most 255 bytes"):
+        dial(Target("127.0.0.1", 1), Proxy.parse(proxy.url(f"fedoap:{'x' * 256}")), 5)
+
+
+def test_a_proxy_s_name_that_no_dns_can_hold_is_said() -> None:
+    with pytest.raises(ProxyError, match=r"proxy http://a\.\.b:1: cannot be reached: .*label"):
+        dial(Target("127.0.0.1", 1), Proxy.parse("http://a..b:1"), 5)
+
+
+def test_a_relay_that_ran_out_of_descriptors_goes_on_later(
+    context: Context, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: the first error taken for the end, after which the node never dials again."""
+    accept, failures = socket.socket.accept, iter([OSError(errno.EMFILE, "Too many open files")])
+
+    def sparse(self: socket.socket) -> tuple[socket.socket, object]:
+        if threading.current_thread().name == "relay" and (error := next(failures, None)):
+            raise error
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", sparse)
+    proxy = ConnectProxy()
+    relay = Relay(Target.of(door.endpoint), Proxy.parse(proxy.url("")))
+
+    link = Link(context, Address(relay.endpoint, SERVER.public, None), SITE)
+    wait_for(link, News.UP)
+
+    link.close()
+    relay.close()
+    proxy.close()
 
 
 def test_the_proxy_resolves_the_coordinators_name() -> None:

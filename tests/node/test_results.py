@@ -11,14 +11,12 @@ import pytest
 
 from fedoap.config import BlobFiles, DataConfig, ModelRecord, NetworkConfig, Plan, SiteData, WireConfig
 from fedoap.errors import StorageError, TrainingError
-from fedoap.manifests import BlobManifest, TaskManifest
-from fedoap.packing import pack_blob
+from fedoap.manifests import BlobManifest
 from fedoap.sitefolder import SiteFolder
 from fedoap.tensors import read_blob, write_blob
 from fedoap_node import results as results_module
 from fedoap_node.job import Job, JobKind, JobResult
 from fedoap_node.results import Results
-from fedoap_node.state import SiteState
 
 PLAN = Plan(federation="f", network=NetworkConfig(width=4, depth=1), data=DataConfig(size=(8, 8)))
 PACKED = PLAN.model_copy(update={"wire": WireConfig(updates="packed")})
@@ -102,27 +100,28 @@ def test_a_packed_update_is_what_is_sent_and_the_plain_one_the_sites_model(tmp_p
 
 
 @pytest.mark.parametrize("spares", [1, 0])
-def test_a_disk_without_room_to_pack_takes_that_of_an_old_update_or_is_named(
+def test_room_for_an_update_is_there_before_its_work_begins_or_the_disk_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spares: int
 ) -> None:
-    """Planted bug: the error of the system as it is, which names no file."""
-    results, tries = Results(folder(tmp_path)), list[Path]()
+    """Planted bugs: room looked for when hours of work are to be packed; spares that outlast a full disk."""
+    results, really = Results(folder(tmp_path)), os.posix_fallocate
+    old = tmp_path / "hospital_a/state/spare-updates"
 
-    def full(*arguments: object) -> BlobManifest:
-        tries.append(tmp_path)
-        if len(tries) <= 1:
+    def fallocate(descriptor: int, at: int, size: int) -> None:
+        if list(old.iterdir()) or not spares:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return pack_blob(*arguments)  # type: ignore[arg-type]
+        really(descriptor, at, size)
 
-    monkeypatch.setattr(results_module, "pack_blob", full)
-    output = worked(results, tmp_path, plan=PACKED)
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
     if spares:
         (tmp_path / "old").write_bytes(bytes(16))
         results._spares.keep(tmp_path / "old")
-        assert results.finish(WORK, output).blob.packing is not None
+        output = results.start(WORK, 1 << 20, packs=True)
+        assert [(output / name).stat().st_size for name in ("update.blob", "packed.blob")] == [1 << 20] * 2
     else:
-        with pytest.raises(StorageError, match=r"packed\.blob: cannot be written: No space left on device, and wire"):
-            results.finish(WORK, output)
+        with pytest.raises(StorageError, match="no room for an update of 1048576 bytes: No space left on device"):
+            results.start(WORK, 1 << 20, packs=True)
+        assert list((tmp_path / "hospital_a/state/work").iterdir()) == []
 
 
 def test_output_of_a_worker_that_never_finished_changes_nothing_and_is_removed(tmp_path: Path) -> None:
@@ -147,6 +146,19 @@ def test_a_folder_that_lost_its_result_stops_no_start(tmp_path: Path) -> None:
     results.recover()
 
     assert results.find(WORK) is None
+
+
+def test_a_result_that_another_version_left_stops_no_start(tmp_path: Path) -> None:
+    """Planted bug: pydantic's error let through, after which the node never starts again."""
+    results = Results(folder(tmp_path))
+    results.finish(WORK, worked(results, tmp_path))
+    job = folder(tmp_path).state / "work" / WORK.hex() / "job.json"
+    job.write_text(job.read_text().replace('"round"', '"number"'))
+
+    results.recover()
+
+    assert results.find(WORK) is None
+    assert personal_round(results) == 1
 
 
 def test_a_crash_between_result_and_promotion_is_made_good_at_the_next_start(tmp_path: Path) -> None:
@@ -221,6 +233,17 @@ def test_a_worker_writes_over_an_old_update_but_never_over_the_sites_model(tmp_p
         worked(results, tmp_path, round_number=5, work=kept)
     record = ModelRecord.model_validate_json(folder(tmp_path).model_record.read_bytes())
     assert np.frombuffer(record.shared.blob.read_bytes(), np.float32).tolist() == [3.0] * 4
+
+
+def test_results_that_are_never_committed_do_not_pile_up(tmp_path: Path) -> None:
+    """A site that is always late has none committed. Planted bug: results deleted after a commit alone."""
+    results = Results(folder(tmp_path))
+    for number in range(1, 5):
+        work = bytes([number]) * 32
+        results.finish(work, worked(results, tmp_path, round_number=number, work=work))
+
+    assert [number for number in range(1, 5) if results.find(bytes([number]) * 32)] == [3, 4]
+    assert len(list((tmp_path / "hospital_a/state/work").iterdir())) == 2
 
 
 def test_old_results_are_off_the_disk_for_good_before_their_place_is_written(
@@ -359,41 +382,3 @@ def test_a_kill_at_any_step_of_deleting_results_leaves_each_whole_or_gone(
         if done:
             break
     assert 5 < steps < 39
-
-
-def test_a_second_daemon_on_the_same_site_is_refused_and_named(tmp_path: Path) -> None:
-    state = SiteState(folder(tmp_path))
-
-    with pytest.raises(StorageError, match=r"another node runs on .*, process \d+"):
-        SiteState(folder(tmp_path))
-
-    state.close()
-    SiteState(folder(tmp_path)).close()
-
-
-def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -> None:
-    state = SiteState(folder(tmp_path))
-    weights = BlobManifest.unpack(model(tmp_path).manifest.read_bytes())
-    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60, model=weights)
-    for work in (b"\1" * 32, b"\2" * 32, task.work):
-        state.results.finish(work, worked(state.results, tmp_path, work=work))
-    for manifest in (weights, write_blob(tmp_path / "other", {"v": np.ones(4, np.float32)})):
-        state.blobs.open(manifest.id, manifest)
-        state.blobs.finish(manifest.id, manifest)
-
-    state.commit(task)
-
-    assert [path.name for path in (tmp_path / "hospital_a/state/work").iterdir()] == [task.work.hex()]
-    assert state.blobs.stored() == {weights.id}
-    state.close()
-
-
-def test_a_kept_result_that_rotted_on_disk_is_done_again(tmp_path: Path) -> None:
-    state = SiteState(folder(tmp_path))
-    task = TaskManifest("f", PLAN.digest, "train", 1, 1, ("hospital_a",), 60)
-    state.results.finish(task.work, worked(state.results, tmp_path, work=task.work))
-    (tmp_path / "hospital_a/state/work" / task.work.hex() / "update.blob").write_bytes(b"short")
-
-    assert state.finished(task) is None
-    assert not (tmp_path / "hospital_a/state/work" / task.work.hex()).exists()
-    state.close()

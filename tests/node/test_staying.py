@@ -17,9 +17,9 @@ from fedoap.segmentation import data as data_module
 from fedoap.segmentation.datalist import Case
 from fedoap.segmentation.network import FedOAPNet
 from fedoap.segmentation.prepared import PreparedCase, load_case
-from fedoap_node import spare as spare_module
+from fedoap_node import standby as standby_module
 from fedoap_node.job import Job, JobDone
-from fedoap_node.spare import Spare, spare_command
+from fedoap_node.standby import Standby, standby_command
 from fedoap_node.trainer import Trainer
 from fedoap_node.workshop import Workshop
 from tests.node.test_trainer import exit_code, is_gone
@@ -37,12 +37,12 @@ while line := sys.stdin.readline():
 
 
 @pytest.fixture
-def spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spare]:
-    """A spare whose worker is a stand-in for fedoap's own."""
-    monkeypatch.setattr(spare_module, "spare_command", lambda _: [sys.executable, "-c", WORKER])
-    spare = Spare(WorkerConfig(stay_seconds=30), tmp_path / "worker.log")
-    yield spare
-    spare.close()
+def standby(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Standby]:
+    """A standby whose worker is a stand-in for fedoap's own."""
+    monkeypatch.setattr(standby_module, "standby_command", lambda _: [sys.executable, "-c", WORKER])
+    standby = Standby(WorkerConfig(stay_seconds=30), tmp_path / "worker.log")
+    yield standby
+    standby.close()
 
 
 def done(trainer: Trainer) -> None:
@@ -57,59 +57,59 @@ def pids(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "pids").read_text().split()]
 
 
-def test_one_process_does_job_after_job(spare: Spare, tmp_path: Path) -> None:
+def test_one_process_does_job_after_job(standby: Standby, tmp_path: Path) -> None:
     """Planted bugs: its input closed behind the first job; the first job's end taken for the second's."""
-    spare.prepare()
+    standby.prepare()
     for count in (1, 2, 3):
-        trainer = spare.take(tmp_path / "job.json")
+        trainer = standby.take(tmp_path / "job.json")
         assert not trainer.has_done()
         done(trainer)
         assert len(pids(tmp_path)) == count
-        spare.keep(trainer)
-        spare.prepare()
+        standby.keep(trainer)
+        standby.prepare()
 
     assert len(set(pids(tmp_path))) == 1
 
 
 def test_one_that_nobody_needs_for_a_while_ends_and_a_fresh_one_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: Spare
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, standby: Standby
 ) -> None:
     """Planted bug: a fresh worker ended by the clock too."""
-    spare.prepare()
-    trainer = spare.take(tmp_path / "job.json")
+    standby.prepare()
+    trainer = standby.take(tmp_path / "job.json")
     done(trainer)
-    spare.keep(trainer)
+    standby.keep(trainer)
     (stayed,) = pids(tmp_path)
     now = time.monotonic()
 
     monkeypatch.setattr(time, "monotonic", lambda: now + 29)
-    spare.prepare()
+    standby.prepare()
     assert trainer.exit_code() is None
     monkeypatch.setattr(time, "monotonic", lambda: now + 32)
-    spare.prepare()
-    fresh = spare._waiting
+    standby.prepare()
+    fresh = standby._waiting
     monkeypatch.setattr(time, "monotonic", lambda: now + 1000)
-    spare.prepare()
+    standby.prepare()
     monkeypatch.undo()
 
     assert is_gone(stayed)
     assert fresh is not None
-    assert spare._waiting is fresh
+    assert standby._waiting is fresh
 
 
 def test_where_it_died_while_it_waited_a_fresh_one_does_the_job(
-    tmp_path: Path, spare: Spare, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, standby: Standby, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = [sys.executable, "-c", "print('fresh')"]
-    monkeypatch.setattr(spare_module, "worker_command", lambda *_: fresh)
-    spare.prepare()
-    trainer = spare.take(tmp_path / "job.json")
+    monkeypatch.setattr(standby_module, "worker_command", lambda *_: fresh)
+    standby.prepare()
+    trainer = standby.take(tmp_path / "job.json")
     done(trainer)
-    spare.keep(trainer)
+    standby.keep(trainer)
     os.kill(pids(tmp_path)[0], signal.SIGKILL)
     exit_code(trainer)
 
-    another = spare.take(tmp_path / "job.json")
+    another = standby.take(tmp_path / "job.json")
 
     assert another is not trainer
     assert exit_code(another) == 0
@@ -121,10 +121,10 @@ def test_which_worker_stays(tmp_path: Path, *, command: bool, seconds: float | N
     """Planted bugs: a command that was promised the end of its input left without; 0 seconds taken for none given."""
     words = (sys.executable, "-c", WORKER)
     worker = WorkerConfig(command=words, keep_warm=True, stay_seconds=seconds)
-    spare = Spare(worker if command else WorkerConfig(stay_seconds=seconds), tmp_path / "worker.log")
-    spare._waiting = Trainer([*words, "-"], None, tmp_path / "worker.log")
+    standby = Standby(worker if command else WorkerConfig(stay_seconds=seconds), tmp_path / "worker.log")
+    standby._waiting = Trainer([*words, "-"], None, tmp_path / "worker.log")
 
-    trainer = spare.take(tmp_path / "job.json")
+    trainer = standby.take(tmp_path / "job.json")
     done(trainer)
 
     if stays:
@@ -136,7 +136,7 @@ def test_which_worker_stays(tmp_path: Path, *, command: bool, seconds: float | N
 
 def test_fedoap_s_own_worker_does_several_jobs_as_several_workers_do(tmp_path: Path) -> None:
     """Planted bugs: weights of the first job left in the second; no line that says a job is done."""
-    command = spare_command(WorkerConfig())
+    command = standby_command(WorkerConfig())
     assert command is not None
     site = Site(tmp_path)
     start, model = site.job("init"), files(tmp_path / "init0")

@@ -159,3 +159,72 @@ def test_a_command_that_is_not_there_ends_with_words_that_name_it(tmp_path: Path
 def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="worker: "):
         Trainer(["true"], tmp_path, tmp_path / "nowhere" / "worker.log")
+
+
+def test_a_worker_that_prints_without_end_leaves_the_daemon_time_for_the_rest(tmp_path: Path) -> None:
+    """Planted bugs: output read until there is none; a line kept however long it grows."""
+    trainer = started(tmp_path, "import sys\nwhile True: sys.stdout.write('x' * 65536)")
+    until = time.monotonic() + 1
+
+    while time.monotonic() < until:
+        trainer.progress()
+
+    assert len(trainer._pending) <= 2 << 20
+    trainer.kill()
+
+
+@pytest.mark.parametrize("step", [-1, 2**31, 10**30])
+def test_a_step_that_no_message_can_carry_is_no_progress(tmp_path: Path, step: int) -> None:
+    """Planted bug: any whole number, at which the daemon's codec fails."""
+    line = f'{{"stage": "train", "step": {step}, "steps": 9, "loss": 0.5}}'
+    trainer = started(tmp_path, f"print({line!r})")
+    exit_code(trainer)
+
+    assert trainer.progress() is None
+    assert (tmp_path / "worker.log").read_text() == f"{line}\n"
+    trainer.kill()
+
+
+def test_a_worker_without_an_input_is_done_when_it_ends(tmp_path: Path) -> None:
+    """Planted bug: one that can take no other job kept for the next."""
+    trainer = started(tmp_path, "print('{\"done\": true}')")
+    exit_code(trainer)
+
+    trainer.progress()
+
+    assert not trainer.has_done()
+    trainer.kill()
+
+
+def test_the_log_may_be_taken_away_at_any_time(tmp_path: Path) -> None:
+    """Planted bug: the system's error let through, which ends the daemon when its worker fails."""
+    log = tmp_path / "worker.log"
+    waiting = Trainer([sys.executable, "-c", "input(); raise SystemExit('bad')"], None, log)
+    log.unlink()
+
+    assert waiting.begin(tmp_path / "job.json")
+    exit_code(waiting)
+
+    assert waiting.last_words() == "it left no message"
+    waiting.kill()
+
+
+class Undying(subprocess.Popen[bytes]):
+    """A process that hangs in a driver: no signal ends it."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        assert timeout is not None, "waits for ever"
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+def test_a_worker_that_outlasts_sigkill_does_not_hold_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted bug: `wait` without an end."""
+    monkeypatch.setattr(subprocess, "Popen", Undying)
+    trainer = started(tmp_path, "import time; time.sleep(60)")
+    monkeypatch.undo()
+
+    trainer.kill()
+
+    subprocess.Popen.wait(trainer._process)

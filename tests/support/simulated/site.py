@@ -14,6 +14,7 @@ from fedoap.protocol.events import (
     Committed,
     DropPart,
     FinishPart,
+    KeepBlobs,
     Learned,
     Leave,
     Note,
@@ -149,8 +150,9 @@ class SiteProcess:
                 self._start(task, manifest)
             case StopWork():
                 self._running = b""
+            case KeepBlobs(blobs):
+                self.disk.keep_only("blobs", blobs)
             case Committed(_, manifest):
-                self.disk.keep_only("blobs", {one.id for one in manifest.blobs})
                 self.disk.keep_only("results", {manifest.work})
             case Leave(code):
                 self._leave(code)

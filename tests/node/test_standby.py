@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedoap.config import WorkerConfig
-from fedoap_node.spare import Spare, spare_command
+from fedoap_node.standby import Standby, standby_command
 from fedoap_node.trainer import Trainer
 from tests.node.test_trainer import exit_code, is_gone
 
@@ -33,14 +33,14 @@ def config(folder: Path, code: str = WORKER) -> WorkerConfig:
 
 
 @pytest.fixture
-def spare(tmp_path: Path) -> Iterator[Spare]:
-    spare = Spare(config(tmp_path), tmp_path / "worker.log")
-    yield spare
-    spare.close()
+def standby(tmp_path: Path) -> Iterator[Standby]:
+    standby = Standby(config(tmp_path), tmp_path / "worker.log")
+    yield standby
+    standby.close()
 
 
-def waiting(spare: Spare) -> Trainer:
-    trainer = spare._waiting
+def waiting(standby: Standby) -> Trainer:
+    trainer = standby._waiting
     assert trainer is not None
     return trainer
 
@@ -53,79 +53,95 @@ def done_by(trainer: Trainer, folder: Path) -> tuple[int, bool]:
     return int(pid), waited == "True"
 
 
-def test_the_worker_that_waits_gets_the_job(spare: Spare, tmp_path: Path) -> None:
-    spare.prepare()
-    pid = waiting(spare)._process.pid
+def test_the_worker_that_waits_gets_the_job(standby: Standby, tmp_path: Path) -> None:
+    standby.prepare()
+    pid = waiting(standby)._process.pid
 
-    trainer = spare.take(tmp_path / "job.json")
+    trainer = standby.take(tmp_path / "job.json")
 
     assert done_by(trainer, tmp_path) == (pid, True)
 
 
-def test_one_worker_does_one_job(spare: Spare, tmp_path: Path) -> None:
+def test_one_worker_does_one_job(standby: Standby, tmp_path: Path) -> None:
     """Planted bug: a worker kept when it was taken."""
-    spare.prepare()
-    first = done_by(spare.take(tmp_path / "job.json"), tmp_path)
-    spare.prepare()
-    second = done_by(spare.take(tmp_path / "job.json"), tmp_path)
+    standby.prepare()
+    first = done_by(standby.take(tmp_path / "job.json"), tmp_path)
+    standby.prepare()
+    second = done_by(standby.take(tmp_path / "job.json"), tmp_path)
 
     assert first[0] != second[0]
 
 
-def test_where_the_one_that_waited_has_died_a_fresh_worker_does_the_job(spare: Spare, tmp_path: Path) -> None:
+def test_where_the_one_that_waited_has_died_a_fresh_worker_does_the_job(standby: Standby, tmp_path: Path) -> None:
     """Planted bug: a worker counted as begun when its line was written."""
-    spare.prepare()
-    os.kill(waiting(spare)._process.pid, signal.SIGKILL)
-    exit_code(waiting(spare))
+    standby.prepare()
+    os.kill(waiting(standby)._process.pid, signal.SIGKILL)
+    exit_code(waiting(standby))
 
-    trainer = spare.take(tmp_path / "job.json")
+    trainer = standby.take(tmp_path / "job.json")
 
     assert done_by(trainer, tmp_path)[1] is False
 
 
-def test_a_worker_that_dies_while_it_waits_is_not_started_over_and_over(spare: Spare) -> None:
+def test_a_worker_that_dies_while_it_waits_is_not_started_over_and_over(standby: Standby) -> None:
     """Planted bug: a fresh one whenever none is alive."""
-    spare.prepare()
-    dead = waiting(spare)
+    standby.prepare()
+    dead = waiting(standby)
     os.kill(dead._process.pid, signal.SIGKILL)
     exit_code(dead)
 
-    spare.prepare()
+    standby.prepare()
 
-    assert waiting(spare) is dead
+    assert waiting(standby) is dead
+
+
+def test_a_worker_that_cannot_be_started_to_wait_is_tried_again_with_the_next_job(
+    standby: Standby, tmp_path: Path
+) -> None:
+    """Planted bugs: the error let through, which ends the daemon; tried again at each turn of its loop."""
+    (tmp_path / "worker.log").mkdir()
+    standby.prepare()
+    (tmp_path / "worker.log").rmdir()
+    standby.prepare()
+    assert standby._waiting is None
+
+    standby.take(tmp_path / "job.json").kill()
+    standby.prepare()
+
+    assert waiting(standby).exit_code() is None
 
 
 def test_its_last_words_begin_with_its_job(tmp_path: Path) -> None:
     """Planted bugs: the log read from where it was when the worker began to wait; one that has ended done over."""
-    spare = Spare(config(tmp_path, "import sys; print('bad', file=sys.stderr); input()"), tmp_path / "worker.log")
-    spare.prepare()
+    standby = Standby(config(tmp_path, "import sys; print('bad', file=sys.stderr); input()"), tmp_path / "worker.log")
+    standby.prepare()
     while not (tmp_path / "worker.log").read_text():
         time.sleep(0.01)
 
-    trainer = spare.take(tmp_path / "job.json")
+    trainer = standby.take(tmp_path / "job.json")
 
     assert exit_code(trainer) == 0
     assert trainer.last_words() == "it left no message"
     trainer.kill()
 
 
-def test_its_error_is_read_beside_its_job(spare: Spare, tmp_path: Path) -> None:
-    spare.prepare()
+def test_its_error_is_read_beside_its_job(standby: Standby, tmp_path: Path) -> None:
+    standby.prepare()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "error.txt").write_text("what torchrun hid\n")
 
-    trainer = spare.take(tmp_path / "run" / "job.json")
+    trainer = standby.take(tmp_path / "run" / "job.json")
 
     exit_code(trainer)
     assert trainer.last_words() == "what torchrun hid"
     trainer.kill()
 
 
-def test_closing_ends_the_worker_that_waits(spare: Spare) -> None:
-    spare.prepare()
-    pid = waiting(spare)._process.pid
+def test_closing_ends_the_worker_that_waits(standby: Standby) -> None:
+    standby.prepare()
+    pid = waiting(standby)._process.pid
 
-    spare.close()
+    standby.close()
 
     assert is_gone(pid)
 
@@ -137,9 +153,9 @@ def test_a_worker_that_waits_dies_with_a_daemon_that_was_killed(tmp_path: Path) 
 import time
 from pathlib import Path
 from fedoap.config import WorkerConfig
-from fedoap_node.spare import Spare
-spare = Spare(WorkerConfig(command={worker.command!r}, keep_warm=True), Path({str(tmp_path / "worker.log")!r}))
-spare.prepare()
+from fedoap_node.standby import Standby
+standby = Standby(WorkerConfig(command={worker.command!r}, keep_warm=True), Path({str(tmp_path / "worker.log")!r}))
+standby.prepare()
 time.sleep(60)
 """
     log = tmp_path / "worker.log"
@@ -163,11 +179,11 @@ time.sleep(60)
     ],
 )
 def test_no_worker_waits_that_could_not_or_is_not_to(worker: WorkerConfig) -> None:
-    assert spare_command(worker) is None
+    assert standby_command(worker) is None
 
 
 def test_fedoap_s_own_worker_waits(tmp_path: Path) -> None:
-    command = spare_command(WorkerConfig())
+    command = standby_command(WorkerConfig())
     assert command is not None
 
     unneeded = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
