@@ -187,15 +187,14 @@ def _check_files(splits: Mapping[Split, Sequence[Case]], place: Path) -> None:
 
 
 def _check_apart(splits: Mapping[Split, Sequence[Case]], place: Path) -> None:
-    for what in ("patient", "image"):
-        seen: dict[object, tuple[Split, str]] = {}
-        for split, cases in splits.items():
-            for case in cases:
-                value = getattr(case, what)
-                other, name = seen.setdefault(value, (split, case.name))
+    seen: dict[str, tuple[Split, str]] = {}
+    for split, cases in splits.items():
+        for case in cases:
+            for what in (f"patient {case.patient}", *(f"image {image}" for image in case.images)):
+                other, name = seen.setdefault(what, (split, case.name))
                 if other != split:
                     raise DataError(
-                        f"case {case.name}: {what} {value} is in {split} and, with case {name}, in {other}, "
+                        f"case {case.name}: {what} is in {split} and, with case {name}, in {other}, "
                         f"but may be in one split only: {place}"
                     )
 

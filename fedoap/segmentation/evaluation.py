@@ -148,8 +148,9 @@ def probabilities(predict: Predict, cases: Sequence[PreparedCase], batch_size: i
     """Yield each case's probabilities (*S) on the network's grid, on the CPU."""
     for start in range(0, len(cases), batch_size):
         images = torch.stack([case.image for case in cases[start : start + batch_size]])
-        with torch.inference_mode():
-            yield from torch.sigmoid(predict(images).float()).cpu()[:, 0]
+        with torch.inference_mode():  # not around the yield, which would leave it on for the caller
+            batch = torch.sigmoid(predict(images).float()).cpu()[:, 0]
+        yield from batch
 
 
 def _masks(case: PreparedCase, probability: Tensor, grid: Where) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -26,7 +26,7 @@ from fedoap.segmentation.geometry import Floats, Geometry, Grid, resample, resam
 from fedoap.segmentation.intensity import scaled
 from fedoap.segmentation.readers import read_image, read_label
 
-VERSION = 2
+VERSION = 3
 """Of what preparing does; a higher number makes every cached case anew."""
 
 Arrays: TypeAlias = dict[str, Floats]

@@ -24,7 +24,7 @@ PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 NIFTI = (".nii", ".nii.gz")
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's
 CORNER_TOLERANCE = 0.1
-"""Voxels by which a label's corner may lie off the image's."""
+"""Voxels by which a corner of a label, or of a further channel, may lie off the image's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,15 +64,16 @@ def read_image(case: Case, channels: tuple[int, ...] | None, in_channels: int, d
         dimensions: 2 or 3.
 
     Raises:
-        DataError: a file is unreadable, of another shape, or holds nothing to see.
+        DataError: a file is unreadable, of another shape or place than the first, or shows nothing.
     """
     parts = [_read(path, dimensions, case) for path in case.images]
     first = parts[0]
     for path, part in zip(case.images, parts, strict=True):
-        if part.grid.shape != first.grid.shape:
-            raise DataError(
-                f"case {case.name}: {path} is {_by(part.grid.shape)}, but its first channel {_by(first.grid.shape)}"
-            )
+        if part.grid.standard_shape != first.grid.standard_shape:
+            ours, theirs = _by(part.grid.standard_shape), _by(first.grid.standard_shape)
+            raise DataError(f"case {case.name}: {path} is {ours}, but its first channel {theirs}")
+        if not _same_place(part.grid, first.grid):
+            raise DataError(f"case {case.name}: {path} lies elsewhere than its first channel, by its affine")
     values = np.concatenate([part.values for part in parts])
     _check_image(values, case)
     return Volume(_chosen(values, channels, in_channels, case), first.grid)
@@ -257,10 +258,10 @@ def _binary(values: Floats, case: Case) -> Floats:
     return (mask > 0).astype(np.float32)
 
 
-def _same_place(label: Grid, image: Grid) -> bool:
-    if label.affine is None or image.affine is None:
+def _same_place(part: Grid, image: Grid) -> bool:
+    if part.affine is None or image.affine is None:
         return True
-    ours, theirs = _standard_affine(label), _standard_affine(image)
+    ours, theirs = _standard_affine(part), _standard_affine(image)
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*image.standard_shape, 1, 1)[:3]])).reshape(3, -1)
     corners = np.vstack([corners, np.ones(corners.shape[1])])
     offset = np.linalg.norm(((ours - theirs) @ corners)[:3], axis=0).max()

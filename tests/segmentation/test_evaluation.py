@@ -16,7 +16,7 @@ from fedoap.config import DataConfig, NetworkConfig, Plan, SiteData
 from fedoap.errors import DataError
 from fedoap.segmentation.data import PreparedCase, prepared_cases
 from fedoap.segmentation.datalist import Case
-from fedoap.segmentation.evaluation import Scores, evaluate, mean_dice, score
+from fedoap.segmentation.evaluation import Scores, evaluate, mean_dice, probabilities, score
 
 SHAPE = (16, 16)
 
@@ -150,6 +150,15 @@ def test_the_files_grid_is_finer_than_the_networks(tmp_path: Path) -> None:
     assert found.mean.hd95 <= 2.5
     assert mean_dice(bright, prepared, grid="file") == pytest.approx(found.mean.dice)
     assert mean_dice(bright, prepared) == 1.0
+
+
+def test_who_asks_for_probabilities_can_train_between_two_of_them(tmp_path: Path) -> None:
+    """Planted bug: inference mode left on between a batch's cases, in which nothing has a gradient."""
+    found = probabilities(bright, cases(tmp_path, square(4, 8), square(2, 9)))
+
+    next(found)
+
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_an_evaluation_becomes_json(tmp_path: Path) -> None:
