@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fedoap.config import Plan
+from fedoap.protocol.course import course
 
 
 class Display:
@@ -24,7 +25,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._whole = self._progress.add_task("federation", total=exchanges(plan), note="")
+        self._whole = self._progress.add_task("federation", total=len(course(plan)), note="")
         self._sites = {name: self._add(name) for name in sites}
 
     def __enter__(self) -> Self:
@@ -80,12 +81,6 @@ class Display:
 
     def _update(self, name: str, step: int, steps: int, note: str) -> None:
         self._progress.update(self._sites[name], completed=step, total=max(steps, 1), note=note)
-
-
-def exchanges(plan: Plan) -> int:
-    """Return how many exchanges a federation takes: first weights, rounds, banks, calibration."""
-    banks = plan.rounds if plan.network.has_bank else 0
-    return 1 + plan.rounds + banks + 1
 
 
 def _count(value: object) -> int:
