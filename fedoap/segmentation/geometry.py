@@ -157,7 +157,7 @@ def resample(values: Floats, shape: tuple[int, ...]) -> Floats:
 
 
 def resample_mask(mask: Floats, shape: tuple[int, ...]) -> Floats:
-    """Return a mask (1, *S) resampled to a shape; a lesion, however small, keeps at least a voxel."""
+    """Return a mask (1, *S) resampled to a shape; one that marks anything, however small, keeps at least a voxel."""
     share = resample(mask, shape)
     return (share >= min(0.5, max(float(share.max()), 1e-6))).astype(np.float32)
 
