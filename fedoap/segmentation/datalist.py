@@ -1,9 +1,9 @@
 """A MONAI/Decathlon datalist -> cases, checked before any image is opened.
 
-The list is a JSON object with lists `training`, `validation` and `test`; an item is an object with
+The list is a JSON object with the lists `training`, `validation` and `test`; an item is an object with
 `image` (one path, or one for each channel), `label` and, optionally, `patient` and `name`, or just
 an image's path. Other keys, in the list and in its items, are for other programs and are ignored.
-Whatever is wrong is a `DataError` of one line that names the case and the file that lists it.
+Every fault is a `DataError` of one line that names the case and the file that lists it.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Files -> arrays in standard order, through MONAI's readers; masks -> files.
 
 PNG, TIFF, JPEG and BMP go through Pillow, NIfTI through nibabel, a DICOM file or the folder of one
-series through pydicom. MONAI is imported when the first file is read: a run whose cases are all
-cached never waits for it. C stands for channels, S for the spatial axes.
+series through pydicom. MONAI is imported when the first file is read, so a run whose cases are all cached
+does not wait for it. C stands for channels, S for the spatial axes.
 """
 
 # ruff: noqa: PLC0415
@@ -37,7 +37,7 @@ class Volume:
 
 
 def format_of(path: Path) -> Format:
-    """Return what a file or folder is read as.
+    """Return the format that a file or folder is read as.
 
     Raises:
         DataError: no reader knows its ending.
@@ -118,7 +118,7 @@ def _read(path: Path, dimensions: int, case: Case, *, mask: bool = False) -> Vol
     kind = format_of(path)
     try:
         with warnings.catch_warnings():
-            # a series that MONAI can only guess at is refused; a lack of orientation is ours to note
+            # a series that MONAI would have to guess about is refused; missing orientation is handled below
             warnings.filterwarnings("error", message="the list contains|slice: |Failed to read")
             warnings.filterwarnings("ignore", message="PydicomReader: ImageOrientationPatient")
             match kind:
