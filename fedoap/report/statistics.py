@@ -25,7 +25,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its 95 % interval, which is unknown where there are too few values for one."""
+    """A mean and its 95 % interval, which is unknown if there are too few values for one."""
 
     mean: float
     low: float | None
@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far one variant stands from another over the same patients."""
+    """How far one variant is from another over the same patients."""
 
     effect: Estimate
     """Mean difference, the other subtracted."""
@@ -64,7 +64,7 @@ class Comparison:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate | None:
-    """Return the mean with Student's t-interval; None of nothing, no interval of one value.
+    """Return the mean with Student's t-interval: None without values, no interval of a single value.
 
     >>> mean_interval([1.0, 2.0, 3.0])  # 2 +- 4.303 / sqrt(3)
     Estimate(mean=2.0, low=-0.484..., high=4.484..., count=3)
@@ -95,7 +95,7 @@ def stratified_interval(groups: Sequence[Sequence[float]]) -> Estimate | None:
 
 
 def signed_rank(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return the rank-biserial correlation and the two-sided p of the Wilcoxon signed-rank test; no p of nothing.
+    """Return the rank-biserial correlation and the two-sided p of the Wilcoxon signed-rank test, None without values.
 
     The correlation is the sum of signed ranks over the sum of ranks, from -1 to 1. Zeros are ranked and then left
     out (Pratt 1959, JASA 54:655); if all are zero, p is 1. Several groups are ranked separately, and the mean of
@@ -126,7 +126,7 @@ def signed_rank(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Return each p as it stands after Holm's step-down correction (1979, Scand. J. Stat. 6:65).
+    """Return each p after Holm's step-down correction (1979, Scand. J. Stat. 6:65).
 
     Hypotheses without a p are not part of the family.
 

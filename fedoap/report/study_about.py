@@ -1,4 +1,4 @@
-"""What a study was: its data, runs that are missing, course, cost, the search for settings, how figures are made."""
+"""What a study was: its data, missing runs, course, cost, search for settings, and how the figures are made."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ def facts(study: Study) -> list[str]:
 
 
 def completeness(study: Study) -> list[str]:
-    """Return how much of the grid is done, and what of it is missing, by variant."""
+    """Return how much of the grid is done, and what is missing, by variant."""
     runs, variants = study.runs, study.roles.everyone
     done = {name: study.done(name) for name in variants}
     total = len(runs) * len(variants)
@@ -69,7 +69,7 @@ def completeness(study: Study) -> list[str]:
 
 
 def data_section(study: Study) -> Section:
-    """Return what each site had, and was tested on."""
+    """Return what each site trained and was tested on."""
     rows = []
     for split, note in (("test", ""), ("unseen", " (unseen)")):
         found: dict[str, list[CaseRow]] = defaultdict(list)
@@ -131,7 +131,7 @@ def tuning_section(study: Study) -> Section | None:
 
 
 def stages_section(study: Study) -> Section | None:
-    """Return the scores before calibration and of the shared path beside the final ones."""
+    """Return the scores before calibration and of the shared path next to the final ones."""
     titles = {"before calibration": "before", "final": "final", "shared path": "shared"}
     stages: dict[str, Scores] = {title: study.stage(stage) for title, stage in titles.items()}
     known = {title: scores for title, scores in stages.items() if scores.variants}

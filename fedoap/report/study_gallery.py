@@ -1,4 +1,4 @@
-"""The best, the median and the worst case of each site, where a study's runs left pictures."""
+"""The best, the median and the worst case of each site, if a study's runs left pictures."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -11,9 +11,9 @@ SHOWN = ("worst", "median", "best")
 
 
 def galleries(runs: Path, variant: str) -> dict[str, list[Picture]]:
-    """Return three pictures of each site, of all the runs of a variant, from what `fedoap evaluate` leaves.
+    """Return three pictures of each site from all runs of a variant, as `fedoap evaluate` writes them.
 
-    A run's folder has them as evaluation/SITE.json and evaluation/SITE/NN.png, NN the place of the case. Captions
+    They are evaluation/SITE.json and evaluation/SITE/NN.png of a run's folder, NN the index of the case. Captions
     name no case.
     """
     found: dict[str, list[tuple[float, Path]]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Progress of a simulation: bars on a terminal, a line for each thing that happens elsewhere."""
+"""Progress of a simulation: bars on a terminal, elsewhere a line for each event."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -65,7 +65,7 @@ class Display:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print a line that someone should act on."""
+        """Print a line that needs attention."""
         self._progress.console.print(text, markup=False, style="bold red", soft_wrap=True)
 
     def _close(self, event: Mapping[str, object]) -> None:

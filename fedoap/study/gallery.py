@@ -20,7 +20,7 @@ PICTURES = 3
 def write_gallery(
     folder: Path, site: str, data: SiteData, predict: Predictor, measures: Sequence[CaseMeasures], *, cache: Path
 ) -> None:
-    """Leave SITE.json and SITE/NNNN.png in a folder as `fedoap evaluate` does, NNNN a case's place in the list.
+    """Write SITE.json and SITE/NNNN.png to a folder as `fedoap evaluate` does, NNNN a case's index in the list.
 
     Raises:
         DataError: a case is wrong.
