@@ -140,6 +140,12 @@ def _picture(path: Path, dimensions: int, *, mask: bool) -> Volume:
     from PIL.Image import Image
 
     def plain(image: Image) -> Image:
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1  # a JPEG's second may be its preview
+        if pages > 1:
+            image.close()
+            raise DataError(
+                f"{path} holds {pages} pages, but a picture must hold one; volumes are read as NIfTI or DICOM"
+            )
         # a palette's indices are what a mask means; an image means the palette's colours
         if image.mode in ("1", "LA", "CMYK", "YCbCr", "HSV", "LAB", "PA"):
             return image.convert("L" if image.mode in ("1", "LA") else "RGB")

@@ -82,6 +82,15 @@ def test_a_jpeg_is_read_as_closely_as_it_was_kept(tmp_path: Path) -> None:
     assert np.abs(read(tmp_path / "a.jpg").values[0] - GREY).max() < 4
 
 
+def test_a_tiff_of_several_pages_is_refused(tmp_path: Path) -> None:
+    """Planted bug: the first page taken for the whole of a volume."""
+    pages = [Image.fromarray(GREY), Image.fromarray(GREY[::-1])]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+
+    with pytest.raises(DataError, match=r"case c1: .*a.tif holds 2 pages, but a picture must hold one"):
+        read(tmp_path / "a.tif")
+
+
 def test_sixteen_bits_stay_sixteen(tmp_path: Path) -> None:
     volume = read(picture(tmp_path / "a.png", GREY.astype(np.uint16) * 600))
 
