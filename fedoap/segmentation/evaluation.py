@@ -16,7 +16,7 @@ so that every mean is finite and a missed lesion costs the largest distance ther
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -172,13 +172,5 @@ def _spacing_mm(case: PreparedCase, grid: Where) -> tuple[float, ...] | None:
 
 
 def _mean(rows: Sequence[CaseScores]) -> Scores:
-    def over(values: list[float]) -> float:
-        return math.fsum(values) / len(values)
-
-    scores = [row.scores for row in rows]
-    return Scores(
-        dice=over([each.dice for each in scores]),
-        iou=over([each.iou for each in scores]),
-        hd95=over([each.hd95 for each in scores]),
-        nsd=over([each.nsd for each in scores]),
-    )
+    columns = zip(*(astuple(row.scores) for row in rows), strict=True)
+    return Scores(*(math.fsum(values) / len(rows) for values in columns))
