@@ -227,11 +227,12 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_pictures_are_of_the_worst_the_median_and_the_best_case_and_never_in_markdown(tmp_path: Path) -> None:
-    """Planted bug: the first three."""
+    """Planted bugs: the first three; runs with fewer cases; an ablation whose name goes on like a run's."""
     write_study(tmp_path, replace(FULL, gains={"fedoap": 0.0}, unseen="", sizes=()))
     for fold, dices in enumerate(([0.9, 0.2], [0.5, 0.6, 0.1])):
         _pictures(tmp_path / "runs" / f"fedoap-f{fold}-s0" / "evaluation", dices)
-    _pictures(tmp_path / "runs" / "fedavg-f0-s0" / "evaluation", [1.0])
+    for other in ("fedavg-f0-s0", "fedoap-f0-s0-brain6", "fedoap-fast-f0-s0"):
+        _pictures(tmp_path / "runs" / other / "evaluation", [0.0, 1.0])
 
     page = _page(tmp_path)
 
