@@ -65,7 +65,8 @@ def _standardised(values: Floats, cut: Percentiles) -> Floats:
     low, high = np.percentile(foreground, (cut.low, cut.high))
     inside = np.clip(foreground, low, high)
     clipped = np.clip(values, min(float(low), 0.0), high)
-    return np.asarray((clipped - inside.mean()) / max(float(inside.std()), 1e-6), dtype=np.float32)
+    spread = inside.std() if inside.min() < inside.max() else values.std()  # a flat foreground has none of its own
+    return np.asarray((clipped - inside.mean()) / max(float(spread), 1e-6), dtype=np.float32)
 
 
 def _foreground(values: Floats) -> Floats:

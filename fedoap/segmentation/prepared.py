@@ -26,7 +26,7 @@ from fedoap.segmentation.geometry import Floats, Geometry, Grid, resample, resam
 from fedoap.segmentation.intensity import scaled
 from fedoap.segmentation.readers import read_image, read_label
 
-VERSION = 3
+VERSION = 4
 """Of what preparing does; with a higher number every cached case is prepared again."""
 
 Arrays: TypeAlias = dict[str, Floats]

@@ -30,6 +30,17 @@ def test_the_dark_end_keeps_its_distance_from_the_background_and_the_bright_end_
     assert found[2] == found[-1]
 
 
+@pytest.mark.parametrize(("page", "spot", "side"), [(0, 100, 5), (250, 3, 3)])
+def test_an_image_whose_foreground_is_flat_stays_in_range(page: int, spot: int, side: int) -> None:
+    """One grey value on black, or a white page with a dark spot. Planted bug: divided by a spread of 1e-6."""
+    values = np.full((1, 40, 40), page, np.float32)
+    values[0, :side, :side] = spot
+
+    for modality in ("mr", "photo"):
+        found = scaled(values, SiteData.model_validate({"datalist": "l", "modality": modality}))
+        assert 1 < np.ptp(found) < 50
+
+
 def test_hounsfield_units_keep_an_absolute_window() -> None:
     values = np.array([[[-1000.0, -100.0, 100.0, 300.0, 2000.0]]], dtype=np.float32)
 
