@@ -114,7 +114,12 @@ def tuning_section(study: Study) -> Section | None:
         else f"Variants had {min(counts)} to {max(counts)} trials, so not all had the same budget"
     )
     where = ", ".join(f"fold {fold} seed {seed}" for fold, seed in sorted(runs))
-    text = [f"{budget}, judged on validation cases alone: mean Dice over sites ({where}). Test cases played no part."]
+    unused = (
+        "The test cases of this fold played no part; those of other folds trained and validated in these trials."
+        if study.is_cross_validation
+        else "Test cases played no part."
+    )
+    text = [f"{budget}, judged on validation cases alone: mean Dice over sites ({where}). {unused}"]
     chosen = [_chosen(name, found) for name, found in sorted(trials.items())]
     every = [
         row(name, str(trial), each[0].settings, _validation_mean(each), "yes" if each[0].chosen else "")

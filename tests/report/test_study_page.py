@@ -104,10 +104,11 @@ def test_data_splits_budget_seeds_and_versions_are_stated(markdown: Path) -> Non
 
 
 def test_the_search_is_stated_with_its_budget_and_choice(markdown: Path) -> None:
-    """Planted bug: the chosen trial's row without its score."""
+    """Planted bugs: the chosen trial's row without its score; test cases of other folds said to have played no part."""
     text = markdown.read_text()
 
     assert "Each of 6 variants had 2 trials, judged on validation cases alone" in text
+    assert "The test cases of this fold played no part; those of other folds trained and validated" in text
     cells = _cells(text, "Chosen", "fedavg")
     assert cells == ["2", '{"federation.training.learning_rate": 0.002}', "0.510", "0.500 to 0.510"]
 
