@@ -32,7 +32,7 @@ def facts(study: Study) -> list[str]:
     tables, runs = study.tables, study.runs
     folds, seeds = sorted({run.fold for run in runs}), sorted({run.seed for run in runs})
     split = (
-        f"Cross-validation by patient, {len(folds)} folds ({_listed(folds)}): each patient is tested in one of them."
+        f"Cross-validation by patient, {len(folds)} folds ({_listed(folds)}): no patient is tested in two of them."
         if study.is_cross_validation
         else "One split: every run is tested on the same cases."
     )
