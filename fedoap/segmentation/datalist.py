@@ -96,13 +96,13 @@ def case_of(image: Path, label: Path | None = None) -> Case:
 
 
 def stem(path: Path) -> str:
-    """Return a file's name without its endings.
+    """Return a file's name without its endings; a number at the end is none, as in the UID of a DICOM series.
 
-    >>> stem(Path("images/scan.1.nii.gz"))
-    'scan.1'
+    >>> stem(Path("images/scan.1.nii.gz")), stem(Path("ct/1.2.840.7"))
+    ('scan.1', '1.2.840.7')
     """
     inner = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return inner.stem
+    return inner.name if inner.suffix[1:].isdigit() else inner.stem
 
 
 def _load(data: SiteData, wanted: Sequence[Split], *, labelled: bool) -> list[tuple[Case, ...]]:

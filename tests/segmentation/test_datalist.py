@@ -191,3 +191,10 @@ def test_an_image_outside_any_list_is_a_case(tmp_path: Path) -> None:
 
 def test_a_stem_has_no_endings() -> None:
     assert [stem(Path(name)) for name in ("a.nii.gz", "a.png", "series")] == ["a", "a", "series"]
+
+
+def test_dicom_series_named_by_their_uids_are_different_patients() -> None:
+    """Planted bug: the last number of a UID taken for an ending, by which all series of a study are one patient."""
+    uids = ["1.2.840.113619.2.55.3.1", "1.2.840.113619.2.55.3.2"]
+
+    assert [stem(Path("ct") / uid) for uid in uids] == uids
