@@ -29,6 +29,8 @@ Counts: TypeAlias = NDArray[np.int64]
 
 SPLIT_OFFSET = 0.01
 """How far a dead slot starts from the slot that it splits, relative to the length of that key."""
+MOST_TOKENS = 2**40
+"""Of a site in one slot: more than images can have, and few enough for the sum over sites to be exact."""
 _SEEDING, _SPLITTING = 1, 2
 """Streams of the plan's seed."""
 
@@ -101,6 +103,7 @@ def _read_sums(path: Path | SealedFile, manifest: UploadManifest, kind: BankKind
     silent = (counts == 0) & np.array([row.any() for row in content], bool)
     few = (counts > 0) & (patients < plan.bank.min_patients)
     _refuse(manifest.site, counts < 0, "has a negative count")
+    _refuse(manifest.site, counts > MOST_TOKENS, f"counts more than {MOST_TOKENS} tokens")
     _refuse(manifest.site, odd, "is not finite")
     _refuse(manifest.site, silent, "has sums, but its count is 0")
     _refuse(manifest.site, few, f"stands for fewer than bank.min_patients = {plan.bank.min_patients} patients")
