@@ -174,3 +174,11 @@ def test_an_upload_with_other_tensors_is_refused(tmp_path: Path) -> None:
 
         with pytest.raises(TensorsError, match=f"site {site}: its bank sums"):
             merge_bank("seed", [(tmp_path / site, upload)], None, plan(), tmp_path / "out")
+
+
+def test_counts_that_no_site_can_have_are_refused(tmp_path: Path) -> None:
+    """Two sites' 2**62 tokens add up to -2**63. Planted bug: no bound, by which log weights are not numbers."""
+    updates = [update(tmp_path, site, [2**62, 1], at(1.0, 1.0)) for site in "ab"]
+
+    with pytest.raises(TensorsError, match=r"site a: slot 0 of its bank sums counts more than 1099511627776 tokens"):
+        merge_bank("bank", updates, None, plan(), tmp_path / "out")
