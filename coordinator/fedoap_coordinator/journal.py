@@ -24,7 +24,8 @@ LEVELS: Final[Mapping[str, str]] = {
 REFUSALS_KEPT: Final = 5
 """Like refusals of one site logged in a row; of what follows only every hundredth is."""
 LINES_A_MINUTE: Final = 600
-"""Lines about one site within a minute: a site that trains causes three a second. What is beyond is not logged."""
+"""Lines about one site, or about all keys that nobody knows, within a minute: a site that trains causes three a
+second. What is beyond is not logged."""
 
 
 class Journal:
@@ -53,7 +54,7 @@ class Journal:
             if count > REFUSALS_KEPT and count % 100:
                 return False
             fields["count"] = count
-        if self._is_too_much(str(fields.get("site", ""))):
+        if "site" in fields and self._is_too_much(str(fields["site"])):
             return False
         time = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
         line = {"time": time, "level": LEVELS.get(note.event, "info"), "event": note.event} | fields
@@ -64,5 +65,5 @@ class Journal:
         minute = int(self._clock() // 60)
         if minute != self._minute:
             self._minute, self._lines = minute, Counter()
-        self._lines[site] += bool(site)
+        self._lines[site] += 1
         return self._lines[site] > LINES_A_MINUTE

@@ -112,7 +112,7 @@ def export(config: FederationConfig, ledger: Ledger, folder: Path) -> ModelRecor
     """Copy the newest shared model and bank to a folder, write its `model.json` last, and return that.
 
     Raises:
-        StorageError: there is no model yet, or the folder cannot be written.
+        StorageError: there is no model yet, a blob cannot be read, or the folder cannot be written.
     """
     tasks, state = ledger.tasks(), config.coordinator.state
     models = [row for row in tasks if row.result and row.manifest.kind in MODEL_KINDS]
@@ -127,7 +127,7 @@ def write_model(folder: Path, model: ModelRecord) -> ModelRecord:
     """Copy a shared model and its bank to a folder, write its `model.json` last, and return that.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: a blob cannot be read, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def write_model(folder: Path, model: ModelRecord) -> ModelRecord:
         draft.write_text(record.model_dump_json(indent=1))
         draft.replace(folder / "model.json")
     except OSError as error:
-        raise StorageError(f"{error.filename}: cannot be written: {error.strerror}") from None
+        raise StorageError(f"{error.filename}: the system refused: {error.strerror}; no model is exported") from None
     return record
 
 

@@ -57,8 +57,7 @@ class Store:
         self, ledger: Ledger, blobs: Blobs, clock: Callable[[], float], sign: Sign, retention: RetentionConfig
     ) -> None:
         self.ledger, self.blobs, self._clock, self._sign, self._retention = ledger, blobs, clock, sign, retention
-        self._drop_what_is_over()
-        for blob in sorted(ledger.kept() | self._in_use()):
+        for blob in sorted(self._drop_what_is_over()):
             if not blobs.has(blob):
                 raise StorageError(
                     f"{blobs.files(blob).blob}: blob is missing, but the ledger keeps it: put it back from a backup"
@@ -177,8 +176,11 @@ class Store:
                 yield from (Revoked(site) for site, when in at if when is not None and when >= row.opened)
         yield from (one for one in self._arriving if one.upload in self._recorded)
 
-    def _drop_what_is_over(self) -> None:
-        """Write down what is kept no longer, then delete it; at the next start a crash between the two is mended."""
+    def _drop_what_is_over(self) -> frozenset[bytes]:
+        """Write down what is kept no longer, then delete it, and return the names of what has to be here.
+
+        At the next start a crash between the two is mended.
+        """
         tasks = self.ledger.tasks()
         remade = [row for kinds in _KINDS for row in _last(tasks, kinds, self._retention.upload_rounds)]
         results = {row.result for kinds in _KINDS for row in _last(tasks, kinds, self._retention.results) if row.result}
@@ -186,19 +188,21 @@ class Store:
         uploads = {one.upload for row in remade for one in self.ledger.updates(row.task) if one.counted}
         uploads |= {one.upload for row in _open(tasks) for one in self.ledger.updates(row.task)}
         self.ledger.keep_only(uploads, results | bases)
-        self.blobs.keep_only(self.ledger.kept() | self._in_use())
+        needed = self.ledger.kept() | _in_use(tasks)
+        self.blobs.keep_only(needed)
         # last, as no upload may outlast what opens it
         self.blobs.seals.keep_only({row.task for row in [*remade, *_open(tasks)]})
-
-    def _in_use(self) -> frozenset[bytes]:
-        """Return the blobs that the run cannot go on without."""
-        tasks = self.ledger.tasks()
-        results = {row.result for kinds in _KINDS for row in _last(tasks, kinds, 1) if row.result}
-        bases = {blob.id for row in _open(tasks) for blob in row.manifest.blobs}
-        return frozenset(results | bases)
+        return needed
 
 
 _KINDS = (MODEL_KINDS, BANK_KINDS)
+
+
+def _in_use(tasks: tuple[TaskRow, ...]) -> frozenset[bytes]:
+    """Return the blobs that the run cannot go on without."""
+    results = {row.result for kinds in _KINDS for row in _last(tasks, kinds, 1) if row.result}
+    bases = {blob.id for row in _open(tasks) for blob in row.manifest.blobs}
+    return frozenset(results | bases)
 
 
 def _last(tasks: tuple[TaskRow, ...], kinds: frozenset[TaskKind], count: int) -> list[TaskRow]:

@@ -19,7 +19,7 @@ from fedoap_coordinator.rows import Cell
 from tests.coordinator.conftest import FEDERATION_KEYS, Maker, notary
 
 
-def test_every_commit_reaches_the_disk_before_the_method_returns(ledger: Ledger) -> None:
+def test_the_journal_is_a_wal_that_is_synced_at_each_commit(ledger: Ledger) -> None:
     (journal,), (level,) = (next(ledger._run(f"pragma {name}")) for name in ("journal_mode", "synchronous"))
 
     assert (journal, level) == ("wal", 2)
