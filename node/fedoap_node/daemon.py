@@ -53,7 +53,7 @@ LINGER_MS = 500
 LONGEST_REMINDER_SECONDS = 300.0
 MOST_UNSAID = 256
 """Messages that may wait to be sent, besides those that a single answer calls for."""
-UNDECIDED = ("unreachable", "stranger", "stopping")
+UNDECIDED = ("unreachable", "stranger", "proxy", "stopping")
 """Refusals of a rotation that say nothing of its keys."""
 WARNINGS = ("refused", "disk", "stopped", "failed")
 
