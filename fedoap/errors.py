@@ -35,7 +35,7 @@ class ChainError(FedoapError):
 
 
 class SealError(TensorsError):
-    """A sealed chunk does not open, or a key is none."""
+    """A sealed chunk does not open, or what was given is no key."""
 
 
 class UpdateError(TensorsError):

@@ -5,8 +5,7 @@ is checked as it passes and written by whoever called, so memory does not grow w
 that is lost, repeated or out of order costs time only.
 
 A transfer that a restart cut short goes on at a recorded offset: its `Receiver` starts there, told the
-`tail` of the bytes before it, because a number may straddle the two. What is to come fits in here: a
-secure sum's masked integers are tensors of a dtype that `FiniteScan` passes over.
+`tail` of the bytes before it, because a number may straddle the two.
 """
 
 import hashlib
@@ -21,11 +20,11 @@ from fedoap.seal import TAG_BYTES, Seal
 from fedoap.tensors import first_not_finite
 
 CHECKPOINT_CHUNKS = 32
-"""After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
+"""After this many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
 TAIL_BYTES = max(ITEM_BYTES.values()) - 1
 """The longest start of a number that lies before an offset."""
 QUIET_SECONDS = 10.0
-"""A download that stood still for so long is asked for again; the pause doubles up to a minute."""
+"""A download that has stood still for this long is asked for again; the pause doubles up to a minute."""
 LONGEST_QUIET_SECONDS = 60.0
 
 Taken: TypeAlias = Literal["new", "repeated", "gap"]

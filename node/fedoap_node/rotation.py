@@ -1,9 +1,9 @@
-"""New keys for a site, vouched for by the old ones; whatever crashes, one pair that the coordinator knows stays here.
+"""New keys for a site, vouched for by the old ones; whatever crashes, the site keeps a pair that the coordinator knows.
 
-The new keys lie durably in `identity/next/` before the coordinator hears of them, so whether it took
-them or not, this site holds both. It asks under the old key, and where that opens nothing any more under
-the new one; the same request gets the same answer. The certificate's arrival in `next/` decides:
-from then on whoever reads the identity puts the new keys in the old ones' place (`membership.py`).
+The new keys lie durably in `identity/next/` before the coordinator hears of them, so this site holds both
+pairs, whether it took the new one or not. The site asks under the old key and, where that is refused, under
+the new one; the same request gets the same answer. The certificate's arrival in `next/` decides: from then
+on whoever reads the identity puts the new keys in the place of the old (`membership.py`).
 """
 
 import fcntl

@@ -20,13 +20,13 @@ from fedoap_node.journal import rotate
 
 READ_BYTES = 1 << 16
 MOST_READS = 16
-"""Of a worker's output at a time: one that prints without end must not keep the daemon from its other work."""
+"""In one turn: a worker that prints without end must not keep the daemon from its other work."""
 LONGEST_LINE = 1 << 20
 WORDS = re.compile(r"\w")
 GRACE_SECONDS = 10.0
-"""A worker that was asked to end is killed after so long."""
+"""A worker that was asked to end is killed after this long."""
 KILL_SECONDS = 2.0
-"""A killed worker is waited for so long: one that hangs in a driver outlasts even SIGKILL."""
+"""How long a killed worker is waited for: one that hangs in a driver outlasts even SIGKILL."""
 
 
 def worker_command(worker: WorkerConfig, job: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Where a worker does its jobs: a job's cases, model and bank in, tensors, personal state and figures out.
 
-From one job of a site to the next it keeps the prepared cases in memory and the GPU's context, and nothing
+From one job of a site to the next it keeps the prepared cases in memory and the GPU's context, nothing
 else. `result.json` is written last and in one move, so a job that is ended at any moment leaves none.
 Started by `torch.distributed.run`, the processes share each batch and the first one writes.
 PyTorch is imported when there is a job.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 PATIENCE = timedelta(hours=12)
-"""So long the other processes wait for the first one, which alone evaluates."""
+"""How long the other processes wait for the first, which alone evaluates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Workshop:
         self._place = place if place.ready.nbytes <= self._keeps else None
 
     def _open(self, job: Job, report: "Report") -> "Workplace":
-        """Return the place of the last job where nothing that it was made of has changed since, else a new one."""
+        """Return the last job's place if nothing that it was made of has changed since, else a new one."""
         import torch
 
         from fedoap.segmentation.descent import Workplace
