@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -136,9 +137,8 @@ def _request(token: Token, member: Membership, token_key: bytes) -> Enrol:
 
 
 def _why_refused(token: Token) -> str:
-    expires = dt.datetime.fromtimestamp(token.expires, dt.UTC)
-    if dt.datetime.now(dt.UTC) > expires:
-        return f"expired on {expires:%Y-%m-%d %H:%M} UTC"
+    if time.time() > token.expires:
+        return f"expired on {dt.datetime.fromtimestamp(token.expires, dt.UTC):%Y-%m-%d %H:%M} UTC"
     return "was used before, or replaced by a newer one, or withdrawn"
 
 
