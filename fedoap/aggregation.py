@@ -61,14 +61,7 @@ def merge_models(
         for spec in old.weights:
             writer.begin(_kept_spec(spec, old.moments))
         for start, stop in slices(old.values, _slice_values(strategy, len(sources), slice_values)):
-            match strategy.rule:
-                case "mean":
-                    mean = _mean(weighted, start, stop)
-                case "median":
-                    mean = median(_rows(weighted, start, stop))
-                case "trimmed_mean":
-                    mean = trimmed_mean(_rows(weighted, start, stop), strategy.trimmed(len(weighted)))
-            new = _step(old, start, stop, mean)
+            new = _step(old, start, stop, _middle(strategy, weighted, start, stop))
             finite = np.isfinite(new).reshape(stop - start, -1).all(1)
             if not finite.all():
                 raise TensorsError(f"{old.name(start + int(np.argmin(finite)))}: the updates' mean is not finite")
@@ -172,6 +165,19 @@ def _slice_values(strategy: StrategyConfig, sites: int, values: int) -> int:
         return values
     together = max(1, MATRIX_SLICES * values // sites)
     return max(together - together % values, min(together, values))
+
+
+def _middle(
+    strategy: StrategyConfig, weighted: Sequence[tuple[BlobReader, float]], start: int, stop: int
+) -> NDArray[np.float64]:
+    """Return what the updates have in common by the strategy's rule: values [start, stop)."""
+    match strategy.rule:
+        case "mean":
+            return _mean(weighted, start, stop)
+        case "median":
+            return median(_rows(weighted, start, stop))
+        case "trimmed_mean":
+            return trimmed_mean(_rows(weighted, start, stop), strategy.trimmed(len(weighted)))
 
 
 def _mean(sources: Sequence[tuple[BlobReader, float]], start: int, stop: int) -> NDArray[np.float64]:

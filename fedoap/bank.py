@@ -29,6 +29,10 @@ Counts: TypeAlias = NDArray[np.int64]
 
 SPLIT_OFFSET = 0.01
 """How far a dead slot starts from the slot that it splits, relative to the length of that key."""
+MOST_TOKENS = 1 << 40
+"""Of a site in a slot: the counts of 4096 slots and 1000 sites fit into int64 together."""
+LARGEST_SUM = 1e30
+"""Of a site's keys or values in a slot: what is made of them stays finite as float32."""
 _SEEDING, _SPLITTING = 1, 2
 """Streams of the plan's seed."""
 
@@ -53,8 +57,8 @@ def merge_bank(
 
     Sites are added in the order of their names. A slot to which no site contributed has count 0 and
     log weight -inf: attention does not see it. Its key lies beside the heaviest slot's, so that the
-    next exchange shares that slot's tokens between the two. Where no site contributed at all, the
-    keys and values are those of the previous bank, or zero.
+    next exchange divides that slot's tokens between the two. If no site contributed at all, the keys
+    and values are those of the previous bank, or zero.
 
     Raises:
         TensorsError: naming the site, and the slot where one is to blame, whose sums cannot be used.
@@ -97,11 +101,12 @@ def _read_sums(path: Path | SealedFile, manifest: UploadManifest, kind: BankKind
     counts, patients = tensors["counts"].astype(np.int64), tensors["patients"].astype(np.int64)
     sums = _Sums(counts, tensors["keys"].astype(np.float64), tensors["values"].astype(np.float64))
     content = np.concatenate([sums.keys, sums.values], axis=1)
-    odd = np.array([not np.isfinite(row).all() for row in content], bool)
+    odd = np.array([not (np.abs(row) < LARGEST_SUM).all() for row in content], bool)
     silent = (counts == 0) & np.array([row.any() for row in content], bool)
     few = (counts > 0) & (patients < plan.bank.min_patients)
     _refuse(manifest.site, counts < 0, "has a negative count")
-    _refuse(manifest.site, odd, "is not finite")
+    _refuse(manifest.site, counts > MOST_TOKENS, f"counts more than {MOST_TOKENS} tokens")
+    _refuse(manifest.site, odd, f"is not finite, or reaches {LARGEST_SUM:g}")
     _refuse(manifest.site, silent, "has sums, but its count is 0")
     _refuse(manifest.site, few, f"stands for fewer than bank.min_patients = {plan.bank.min_patients} patients")
     return sums
@@ -139,7 +144,7 @@ def _add(sites: Sequence[_Sums]) -> _Sums:
 
 
 def _align(sites: Sequence[_Sums], plan: Plan) -> list[_Sums]:
-    """Return each site's sums on common slots: a site's cluster goes to the seed nearest to its mean."""
+    """Return each site's sums on common slots: each of its clusters joins the seed nearest to the cluster's mean."""
     means = [_means(site)[0][site.counts > 0] for site in sites]
     weights = np.concatenate([site.counts[site.counts > 0] for site in sites])
     rng = np.random.Generator(np.random.Philox([plan.seed, _SEEDING]))
@@ -151,7 +156,7 @@ def choose_seeds(points: Floats, weights: Counts, slots: int, rng: np.random.Gen
     """Return at most `slots` of the points (n, C), spread out by weighted k-means++.
 
     The first is drawn by weight, each further one by weight times squared distance to the nearest
-    seed so far (Arthur and Vassilvitskii 2007). There are fewer seeds where the points run out.
+    seed so far (Arthur and Vassilvitskii 2007). There are fewer seeds if there are fewer distinct points.
     """
     nearest = np.ones(len(points))
     chosen: list[int] = []
@@ -189,7 +194,7 @@ def _previous(path: Path, manifest: BlobManifest) -> tuple[Floats, Floats]:
 
 
 def _split_heaviest(counts: Counts, keys: Floats, values: Floats, seed: int) -> None:
-    """Place each dead slot beside the slot that has most tokens for each part it is split into by now."""
+    """Place each dead slot beside the slot with most tokens per part, of the parts that it is split into so far."""
     rng = np.random.Generator(np.random.Philox([seed, _SPLITTING]))
     parts = np.ones(len(counts))
     if not counts.any():

@@ -8,7 +8,7 @@ from fedoap.errors import MessageError
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """Bounds of a string's or byte string's length."""
+    """Bounds of a byte string's length, or of a text's, which must be printable: it may go to a terminal."""
 
     low: int
     high: int
@@ -37,6 +37,8 @@ def check(place: str, value: object, wanted: Check) -> None:
     match bound:
         case Length(low, high) if isinstance(value, str | bytes) and not low <= len(value) <= high:
             raise MessageError(f"{place} has length {len(value)}, but must have {low} to {high}")
+        case Length() if isinstance(value, str) and not value.isprintable():
+            raise MessageError(f"{place} holds a character that cannot be printed")
         case Range(low, high) if isinstance(value, int | float) and not low <= value <= high:
             raise MessageError(f"{place} is {value}, but must lie in {low} to {high}")
         case tuple() if value not in bound:

@@ -30,6 +30,7 @@ from fedoap.fields import (
 from fedoap.strategyconfig import StrategyConfig as StrategyConfig  # noqa: PLC0414 - the name is found here too
 from fedoap.toml import first_line, load_toml
 
+MINUTES_PER_YEAR = 525_600
 MOST_ROUNDS = 100_000
 """Both sides hold the course of a federation as a list."""
 Attention = Literal["off", "projection", "joint", "gated"]
@@ -199,10 +200,10 @@ class RoundsConfig(Frozen):
     count: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = 20
     quorum: Annotated[int, Field(ge=1)] | None = None
     """Fewest sites whose updates make a round; all sites where not given."""
-    deadline_minutes: Positive = 240.0
+    deadline_minutes: Annotated[float, Field(gt=0, le=MINUTES_PER_YEAR)] = 240.0
     """A round with quorum closes then, without those that are late; one without it starts anew."""
-    silence_seconds: Positive = 60.0
-    """A site that has not been heard from for this long is not waited for, once there is a quorum."""
+    silence_seconds: Annotated[float, Field(gt=5)] = 60.0
+    """A site not heard from for this long is not waited for, once there is a quorum; each speaks every 5 s."""
     attempts: Annotated[int, Field(ge=1)] = 5
     """This many failed attempts at one round end the run; one that ended because sites were silent does not count."""
 

@@ -35,7 +35,7 @@ class ChainError(FedoapError):
 
 
 class SealError(TensorsError):
-    """A sealed chunk does not open, or what was given is no key."""
+    """A sealed chunk does not open, or what stands for a key is none."""
 
 
 class UpdateError(TensorsError):

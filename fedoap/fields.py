@@ -1,9 +1,9 @@
 """What the fields of configuration files may hold, and what their sections have in common."""
 
 import re
-from typing import Annotated, Final
+from typing import Annotated, Final, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 PROXY_PATTERN = (
@@ -68,3 +68,16 @@ class Frozen(BaseModel):
     """A section of a configuration file: immutable, and no key but those declared."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and not _allows(annotation, bool) and _allows(annotation, int, float):
+            raise ValueError(f"is {str(value).lower()}, but must be a number")
+        return value
+
+
+def _allows(annotation: object, *kinds: type) -> bool:
+    return annotation in kinds or any(_allows(one, *kinds) for one in get_args(annotation))

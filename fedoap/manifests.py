@@ -20,7 +20,7 @@ from fedoap.messages import CHUNK_BYTES
 MANIFEST_VERSION = 1
 HASH_BYTES = 32
 MOST_PACKED_BYTES = CHUNK_BYTES + CHUNK_BYTES // 256 + 64
-"""What zstd makes at most of a chunk that cannot be compressed."""
+"""The most that zstd makes of a chunk that cannot be compressed."""
 NO_KEY = bytes(32)
 """Stands for no X25519 key: no secret agrees with it on anything, so nothing can be sealed for it."""
 Dtype: TypeAlias = Literal["float32", "bfloat16", "int64"]
@@ -92,7 +92,7 @@ class BlobManifest:
         """Return the manifest that `pack` wrote.
 
         Raises:
-            TensorsError: it has another form, or its numbers do not fit each other.
+            TensorsError: it has another form, its numbers do not fit each other, or `pack` writes other bytes.
         """
         match _unpack(data, "manifest"):
             case {"v": 1, "tensors": list(rows), "chunk": int(chunk), "sha256": bytes(hashes), **rest}:
@@ -108,6 +108,7 @@ class BlobManifest:
         if manifest.packing and len(manifest.packing.sizes) != -(-manifest.plain_size // chunk):
             packed, size = len(manifest.packing.sizes), manifest.plain_size
             raise TensorsError(f"manifest: {packed} packed chunks do not fit {size} bytes of tensors")
+        _check_canonical(manifest.pack(), data, "manifest")
         return manifest
 
     def offsets(self) -> Iterator[tuple[TensorSpec, int]]:
@@ -168,7 +169,7 @@ class TaskManifest:
         """Return the manifest that `pack` wrote.
 
         Raises:
-            TensorsError: it has another form.
+            TensorsError: it has another form, or `pack` writes other bytes.
         """
         match _unpack(data, "task"):
             case {
@@ -189,7 +190,9 @@ class TaskManifest:
                     raise TensorsError(f"task: the seal's key has {len(seal)} bytes, but must have {len(NO_KEY)}")
                 base, slots = (BlobManifest.unpack(blob) if blob else None for blob in (model, bank))
                 step = cast(TaskKind, kind), number, attempt
-                return cls(federation, plan, *step, tuple(cohort), deadline, base, slots, seal)
+                manifest = cls(federation, plan, *step, tuple(cohort), deadline, base, slots, seal)
+                _check_canonical(manifest.pack(), data, "task")
+                return manifest
             case _:
                 raise TensorsError("task: keys or types are not those of version 1")
 
@@ -225,7 +228,7 @@ class UploadManifest:
         """Return the manifest that `pack` wrote.
 
         Raises:
-            TensorsError: it has another form, or a metric is no finite number.
+            TensorsError: it has another form, a metric is no finite number, or `pack` writes other bytes.
         """
         match _unpack(data, "upload"):
             case {
@@ -237,14 +240,22 @@ class UploadManifest:
                 "blob": bytes(blob),
                 "seal": bytes(seal),
                 **rest,
-            } if not rest and cases >= 0 and len(seal) == len(NO_KEY):
+            } if not rest and type(cases) is int and cases >= 0 and len(seal) == len(NO_KEY):
                 if not all(isinstance(value, float) and math.isfinite(value) for value in metrics.values()):
                     raise TensorsError("upload: a metric is not a finite number")
-                if not all(isinstance(name, str) and 0 < len(name) <= 64 for name in metrics):
-                    raise TensorsError("upload: a metric's name must have 1 to 64 characters")
-                return cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob), seal)
+                if not all(_is_name(name, 64) for name in metrics):
+                    raise TensorsError("upload: a metric's name must have 1 to 64 printable characters")
+                manifest = cls(task, site, cases, tuple(metrics.items()), BlobManifest.unpack(blob), seal)
+                _check_canonical(manifest.pack(), data, "upload")
+                return manifest
             case _:
                 raise TensorsError("upload: keys or types are not those of version 1")
+
+
+def _check_canonical(packed: bytes, data: bytes, what: str) -> None:
+    """Return if the bytes are the canonical ones: a manifest goes by their hash, and is packed anew to be stored."""
+    if packed != data:
+        raise TensorsError(f"{what}: its bytes are not the canonical ones")
 
 
 def _packing(rest: Mapping[object, object]) -> Packing | None:
@@ -261,9 +272,14 @@ def _packing(rest: Mapping[object, object]) -> Packing | None:
 def _spec(row: object) -> TensorSpec:
     match row:
         case [str(name), "float32" | "bfloat16" | "int64" as dtype, list(shape)]:
-            if all(type(n) is int and 0 <= n < 2**40 for n in shape) and 0 < len(name) < 256 and len(shape) <= 8:
+            if all(type(n) is int and 0 <= n < 2**40 for n in shape) and len(shape) <= 8 and _is_name(name, 255):
                 return TensorSpec(name, dtype, tuple(shape))
     raise TensorsError("manifest: a tensor's row must be [name, float32 | bfloat16 | int64, shape]")
+
+
+def _is_name(name: object, most: int) -> bool:
+    """Return whether something is a short text that may go to a terminal."""
+    return isinstance(name, str) and 0 < len(name) <= most and name.isprintable()
 
 
 def _id(blob: BlobManifest | None) -> bytes:

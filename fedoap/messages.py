@@ -300,9 +300,9 @@ Message: TypeAlias = FromSite | FromCoordinator
 
 
 def encode(message: Message) -> bytes:
-    """Return the header frame of a message."""
+    """Return the header frame of a message; a space stands for what a text holds that cannot be printed."""
     kind = type(message)
-    header = {"t": kind.type} | {name: getattr(message, name) for name in _FIELDS[kind]}
+    header = {"t": kind.type} | {name: _printable(getattr(message, name)) for name in _FIELDS[kind]}
     return msgpack.packb(header, use_bin_type=True)  # type: ignore[no-any-return]
 
 
@@ -324,6 +324,12 @@ def decode_from_coordinator(header: bytes | memoryview, body_bytes: int) -> From
     return _decode(header, body_bytes, _FROM_COORDINATOR)  # type: ignore[return-value]
 
 
+def _printable(value: object) -> object:
+    if isinstance(value, str) and not value.isprintable():
+        return "".join(letter if letter.isprintable() else " " for letter in value)
+    return value
+
+
 def _decode(header: bytes | memoryview, body_bytes: int, kinds: "dict[str, _Kind]") -> Message:
     values = _unpack(header)
     name = values.pop("t", None)
@@ -333,7 +339,7 @@ def _decode(header: bytes | memoryview, body_bytes: int, kinds: "dict[str, _Kind
     if body_bytes > kind.max_body:
         raise MessageError(f"{name}: body is {body_bytes} bytes, but at most {kind.max_body} are allowed")
     if values.keys() != kind.checks.keys():
-        odd = sorted(str(key)[:40] for key in values.keys() ^ kind.checks.keys())
+        odd = sorted(repr(key)[:40] for key in values.keys() ^ kind.checks.keys())
         raise MessageError(f"{name}: keys {', '.join(odd)} are missing or unknown")
     for key, wanted in kind.checks.items():
         check(f"{name}.{key}", values[key], wanted)

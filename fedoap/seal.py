@@ -7,7 +7,7 @@ A chunk's nonce is its number and its associated data the upload and the offset,
 where it belongs. The name of an upload fixes every byte of it, so no nonce ever meets two contents.
 
 On disk a sealed upload is its sealed chunks, one after the other: `TAG_BYTES` more for each chunk. Once
-the exchange's secret is deleted nobody can open it, not even someone who has the disk and the federation's keys.
+the exchange's secret is deleted nobody can open it, not even with the disk and the federation's keys in hand.
 
     file = SealedFile(path, manifest, secret)
     for chunk in file.chunks():  # plain, in order, each compared with its hash
@@ -65,7 +65,7 @@ class Seal:
         """Return the seal at the site, from the upload's secret and the exchange's public key.
 
         Raises:
-            SealError: what was given is no public key.
+            SealError: the exchange's public key is no key.
         """
         return cls(upload, secret, exchange, exchange)
 
@@ -74,7 +74,7 @@ class Seal:
         """Return the seal at the coordinator, from the exchange's secret and the upload's public key.
 
         Raises:
-            SealError: what was given is no public key.
+            SealError: the upload's public key is no key.
         """
         return cls(upload, secret, upload.seal_key, public_half(secret))
 
@@ -103,7 +103,7 @@ class SealedFile:
 
     Raises:
         UpdateError: the file's size is not the manifest's.
-        SealError: it is not the key of this upload's exchange.
+        SealError: the upload's public key is no key.
         OSError: there is no such file.
     """
 

@@ -1,9 +1,9 @@
-"""What the coordinator makes of the sites' mean: averaging, momentum, or an adaptive step.
+"""How the coordinator uses the sites' mean: averaging, momentum, or an adaptive step.
 
 x are the weights that the sites started from, Delta = mean - x is the mean of their changes (the
-pseudo-gradient of Reddi et al. 2021, arXiv:2003.00295), m and v are the moments, which the coordinator
-alone keeps. Everything is a function of one slice of values, float64, so that a merge needs no more
-memory for an optimizer than for a mean.
+pseudo-gradient of Reddi et al. 2021, arXiv:2003.00295), m and v are the moments, which only the
+coordinator keeps. Every step works on one slice of values, in float64, so a merge with an optimizer
+needs no more memory than a mean.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class Momentum:
 class Adaptive:
     """m = beta1 m + (1 - beta1) Delta, x + eta m / (sqrt(v) + tau): algorithm 2 of Reddi et al. 2021.
 
-    Its line 12 to 14 give v: `adagrad` v + Delta^2, `yogi` v - (1 - beta2) Delta^2 sign(v - Delta^2),
-    `adam` beta2 v + (1 - beta2) Delta^2. At first m = 0 and v = tau^2. There is no correction of bias.
+    v becomes v + Delta^2 (`adagrad`), v - (1 - beta2) Delta^2 sign(v - Delta^2) (`yogi`) or
+    beta2 v + (1 - beta2) Delta^2 (`adam`). Initially m = 0 and v = tau^2; there is no bias correction.
     """
 
     kind: Literal["adagrad", "adam", "yogi"]
@@ -69,7 +69,7 @@ def advance(server: Server, x: Values, mean: Values, moments: Values) -> tuple[V
     Args:
         server: the optimizer.
         x: the weights that the sites started from (values,).
-        mean: what their updates have in common (values,).
+        mean: the mean of their updates, or what the strategy's rule takes in its place (values,).
         moments: one row each (moments, values).
     """
     match server:

@@ -1,8 +1,8 @@
-"""The federated algorithms, as data: what each keeps at a site, what it adds to the steps, where it was published.
+"""The federated algorithms as data: what each keeps at a site, what it adds to the steps, where it was published.
 
 The protocol knows no strategy. A site asks `personal_parts` which parameters stay with it and `terms` what
-changes its gradient steps; the coordinator asks `server_of` what it makes of the sites' mean. A further
-algorithm is one more entry of `STRATEGIES`. docs/strategies.md shows the table with what deviates from the papers.
+changes its gradient steps; the coordinator asks `server_of` how it uses the sites' mean. A further algorithm
+is one more entry of `STRATEGIES`. docs/strategies.md shows the table and the deviations from the papers.
 """
 
 import difflib
@@ -20,10 +20,10 @@ AVERAGE = Average()
 
 @dataclass(frozen=True, slots=True)
 class SharedPath:
-    """A share of the steps trains the shared network, by itself complete; the others the site's own network."""
+    """A share of the steps trains the shared network, complete without personal parts; the others the site's own."""
 
     fraction: float | None = None
-    """`training.shared_path_fraction` where not given."""
+    """`training.shared_path_fraction` if not given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,14 @@ class Proximal:
 
 @dataclass(frozen=True, slots=True)
 class HeadFirst:
-    """A round's first steps move the personal parts alone, the others the shared ones alone."""
+    """A round's first steps move only the personal parts, the others only the shared ones."""
 
     fraction: float
 
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """Each gradient is corrected by c - c_i: what all sites' gradients were, less this site's."""
+    """Each gradient is corrected by c - c_i: the last mean gradient of all sites, less that of this site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class Inconsistency:
-    """Calibration minds voxels the more, the more the site's own and the shared network differ about them."""
+    """Calibration weights voxels by how much the site's own and the shared network disagree about them."""
 
 
 Term: TypeAlias = SharedPath | Proximal | HeadFirst | Controls | Mixture | Inconsistency
@@ -72,9 +72,9 @@ class Strategy:
     terms: tuple[Term, ...] = ()
     """What changes a site's gradient steps."""
     server: Server = AVERAGE
-    """What the coordinator makes of the sites' mean."""
+    """How the coordinator uses the sites' mean."""
     only_in_studies: str = ""
-    """Why no coordinator runs it."""
+    """Why no coordinator runs it; empty if one does."""
 
 
 STRATEGIES: Mapping[str, Strategy] = {
@@ -161,7 +161,7 @@ STRATEGIES: Mapping[str, Strategy] = {
     "pooled": Strategy(
         title="Pooled: one network on all sites' images, then calibrated at each site",
         source="the upper bound that every federated method is held against",
-        only_in_studies="it takes all images to one place: only studies of images that are in one place anyway do that",
+        only_in_studies="it needs all images in one place, where only a study has them",
     ),
 }
 
@@ -180,10 +180,10 @@ def find_strategy(name: str) -> Strategy:
 
 
 def check_federated(config: StrategyConfig) -> None:
-    """Return if a coordinator can run the strategy and every number that is given has a use.
+    """Return if a coordinator can run the strategy and the strategy uses every number that is given.
 
     Raises:
-        ConfigError: the strategy is unknown, or for studies only; a part is unknown; a number has no use.
+        ConfigError: the strategy is unknown, or for studies only; a part is unknown; a number is not used.
     """
     strategy = find_strategy(config.name)
     if strategy.only_in_studies:
@@ -205,10 +205,10 @@ def personal_parts(config: StrategyConfig) -> tuple[str, ...]:
 
 
 def terms(config: StrategyConfig) -> tuple[Term, ...]:
-    """Return what changes a site's steps, with the operator's numbers in the place of the strategy's.
+    """Return what changes a site's steps, with the operator's numbers in place of the strategy's.
 
     Raises:
-        ConfigError: the strategy is unknown, or has no term that a given number belongs to.
+        ConfigError: the strategy is unknown, or has no term that uses a given number.
     """
     found = find_strategy(config.name).terms
     for key, kind in _TERM_NUMBERS.items():
@@ -220,10 +220,10 @@ def terms(config: StrategyConfig) -> tuple[Term, ...]:
 
 
 def server_of(config: StrategyConfig) -> Server:
-    """Return the server optimizer, with the operator's numbers in the place of the strategy's.
+    """Return the server optimizer, with the operator's numbers in place of the strategy's.
 
     Raises:
-        ConfigError: the strategy is unknown, or its optimizer has no such number as one that is given.
+        ConfigError: the strategy is unknown, or its optimizer does not use a given number.
     """
     server = find_strategy(config.name).server
     for key, name in _SERVER_NUMBERS.items():
@@ -255,7 +255,7 @@ def server_words(config: StrategyConfig) -> str:
 
 
 def shared_path_fraction(config: StrategyConfig, configured: float) -> float:
-    """Return the share of steps on the shared path: 0 where the strategy has no use for it."""
+    """Return the share of steps on the shared path: 0 if the strategy does not train it."""
     for term in find_strategy(config.name).terms:
         if isinstance(term, SharedPath):
             return configured if term.fraction is None else term.fraction
@@ -270,7 +270,7 @@ _SERVER_NUMBERS: Mapping[str, str] = {
 }
 """Keys of `[strategy]`, and what the server optimizers call them."""
 _TERM_NUMBERS: Mapping[str, type[Term]] = {"proximal": Proximal, "head_fraction": HeadFirst, "alpha": Mixture}
-"""Keys of `[strategy]`, and the term whose number each is."""
+"""Keys of `[strategy]`, and the term that uses each."""
 
 
 def _with_numbers(term: Term, config: StrategyConfig) -> Term:
@@ -290,4 +290,4 @@ def _numbers(server: Server) -> frozenset[str]:
 
 
 def _no_use(key: str, value: float, name: str, users: list[str]) -> ConfigError:
-    return ConfigError(f"strategy.{key} is {value:g}, but {name} has no use for it; {', '.join(users)} have")
+    return ConfigError(f"strategy.{key} is {value:g}, but {name} does not use it; {', '.join(users)} do")

@@ -4,8 +4,8 @@ A blob travels in its manifest's chunks, in order, at absolute offsets. Nothing 
 is checked as it passes and written by whoever called, so memory does not grow with the model. A chunk
 that is lost, repeated or out of order costs time only.
 
-A transfer that a restart cut short goes on at a recorded offset: its `Receiver` starts there, told the
-`tail` of the bytes before it, because a number may straddle the two.
+A transfer that a restart cut short goes on at a recorded offset: its `Receiver` starts there, and is given
+the `tail` of the bytes before it, because a number may straddle the two.
 """
 
 import hashlib

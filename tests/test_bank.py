@@ -146,11 +146,14 @@ def test_a_bank_without_any_contribution_is_silent_and_keeps_its_keys(tmp_path: 
 
 
 def test_sums_that_cannot_be_used_are_refused_by_site_and_slot(tmp_path: Path) -> None:
+    """Planted bug: a count of 2^63 - 1 is added to another's, and the bank's log weights are not numbers."""
     good = update(tmp_path, "good", [1, 1], at(1.0, 1.0))
     odd = {
         "site few: slot 1 .*min_patients = 3": update(tmp_path, "few", [9, 9], at(1.0, 1.0), patients=[3, 2]),
         "site minus: slot 0 .* negative": update(tmp_path, "minus", [-1, 1], at(1.0, 1.0)),
         "site nan: slot 1 .* not finite": update(tmp_path, "nan", [1, 1], at(1.0, np.nan)),
+        "site huge: slot 1 .* reaches 1e": update(tmp_path, "huge", [1, 1], at(1.0, 2e29)),
+        "site many: slot 0 .* tokens": update(tmp_path, "many", [2**63 - 1, 1], at(1.0, 1.0)),
         "site ghost: slot 0 .* count is 0": update(tmp_path, "ghost", [0, 1], at(1.0, 1.0)),
         "site long: its sums are for 3 slots": update(tmp_path, "long", [1, 1, 1], at(1.0, 1.0, 1.0)),
         "site short: its sums are for 1 slots": update(tmp_path, "short", [1], at(1.0)),
@@ -171,3 +174,11 @@ def test_an_upload_with_other_tensors_is_refused(tmp_path: Path) -> None:
 
         with pytest.raises(TensorsError, match=f"site {site}: its bank sums"):
             merge_bank("seed", [(tmp_path / site, upload)], None, plan(), tmp_path / "out")
+
+
+def test_counts_that_no_site_can_have_are_refused(tmp_path: Path) -> None:
+    """Two sites' 2**62 tokens add up to -2**63. Planted bug: no bound, by which log weights are not numbers."""
+    updates = [update(tmp_path, site, [2**62, 1], at(1.0, 1.0)) for site in "ab"]
+
+    with pytest.raises(TensorsError, match=r"site a: slot 0 of its bank sums counts more than 1099511627776 tokens"):
+        merge_bank("bank", updates, None, plan(), tmp_path / "out")

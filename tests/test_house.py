@@ -76,6 +76,16 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def test_the_map_of_the_code_names_all_packages_and_only_what_is_there() -> None:
+    """Planted bugs: fedoap/report left out; a file that moved."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./]+/[\w./]*)`", text))
+    packages = {f"fedoap/{file.parent.name}/" for file in (ROOT / "fedoap").glob("*/__init__.py")}
+
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+    assert packages <= named
+
+
 def test_the_source_archive_holds_what_make_reads() -> None:
     """Planted bugs: no `constraints.txt`; no `deploy`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

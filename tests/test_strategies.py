@@ -91,15 +91,15 @@ def test_the_operators_numbers_take_the_place_of_the_strategys() -> None:
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        (StrategyConfig(name="fedavg", server_beta2=0.9), "server_beta2 is 0.9, but fedavg has no use for it; fedadag"),
+        (StrategyConfig(name="fedavg", server_beta2=0.9), "server_beta2 is 0.9, but fedavg does not use it; fedadag"),
         (
             StrategyConfig(name="fedbn", proximal=0.1),
-            "proximal is 0.1, but fedbn has no use for it; fedoap, fedprox, d",
+            "proximal is 0.1, but fedbn does not use it; fedoap, fedprox, d",
         ),
         (StrategyConfig(name="local"), "strategy.name is local, which no coordinator runs: it federates nothing"),
     ],
 )
-def test_what_has_no_use_is_refused_instead_of_ignored(config: StrategyConfig, text: str) -> None:
+def test_a_number_that_is_not_used_is_refused_instead_of_ignored(config: StrategyConfig, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         check_federated(config)
 

@@ -15,7 +15,7 @@ from fedoap.messages import CHUNK_BYTES
 from fedoap.tensors import as_float32, bfloat16_bits, float32_values, read_blob, write_blob
 
 HASH = bytes(range(32))
-NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20)
+NAMES = st.text(st.characters(categories=["L", "M", "N", "P", "S"]), min_size=1, max_size=20)
 SPECS = st.builds(
     TensorSpec,
     NAMES,
@@ -135,6 +135,7 @@ def _packed(**changes: object) -> bytes:
         ({"tensors": [["a", "float32", [-2]]]}, "a tensor's row must be"),
         ({"tensors": [["a", "float32", [True]]]}, "a tensor's row must be"),
         ({"tensors": [["", "float32", [2]]]}, "a tensor's row must be"),
+        ({"tensors": [["\x1b[2J", "float32", [4]]]}, "a tensor's row must be"),
         ({"tensors": [["a", "float32", [2**39, 2**39]]]}, "32 bytes of hashes do not fit"),
         ({"sha256": HASH[:31]}, "31 bytes of hashes do not fit 16 bytes"),
         ({"sha256": HASH * 2}, "64 bytes of hashes do not fit 16 bytes"),
@@ -152,6 +153,39 @@ def _packed(**changes: object) -> bytes:
 def test_a_manifest_whose_parts_do_not_fit_is_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(TensorsError, match=reason):
         BlobManifest.unpack(_packed(**changes))
+
+
+def _backwards(packed: bytes) -> bytes:
+    return bytes(msgpack.packb(dict(reversed(msgpack.unpackb(packed).items()))))
+
+
+@pytest.mark.parametrize("other", [_backwards, lambda packed: packed.replace(b"\xa1v\x01", b"\xa1v\xcc\x01", 1)])
+def test_a_manifest_in_other_bytes_than_the_canonical_ones_is_refused(other: Callable[[bytes], bytes]) -> None:
+    """A manifest goes by its bytes' hash. Planted bug: no comparison with the canonical bytes, for each kind."""
+    blob = BlobManifest((TensorSpec("a", "float32", (2,)),), HASH)
+    task = TaskManifest("demo", HASH, "train", 1, 1, ("a",), 60, blob)
+    upload = UploadManifest(HASH, "a", 1, (), blob)
+
+    for manifest in (blob, task, upload):
+        with pytest.raises(TensorsError, match="its bytes are not the canonical ones"):
+            manifest.unpack(other(manifest.pack()))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "\x1b[2J"])
+def test_a_metric_whose_name_cannot_be_printed_is_refused(name: str) -> None:
+    upload = UploadManifest(HASH, "a", 1, ((name, 0.5),), BlobManifest((), b""))
+
+    with pytest.raises(TensorsError, match="a metric's name must have 1 to 64 printable characters"):
+        UploadManifest.unpack(upload.pack())
+
+
+@pytest.mark.parametrize("cases", [-1, True, 1.0])
+def test_a_number_of_cases_that_is_none_is_refused(cases: int) -> None:
+    """Planted bug: true counts as 1."""
+    upload = UploadManifest(HASH, "a", cases, (), BlobManifest((), b""))
+
+    with pytest.raises(TensorsError, match="upload: keys or types are not those of version 1"):
+        UploadManifest.unpack(upload.pack())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1])

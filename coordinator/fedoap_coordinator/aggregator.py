@@ -2,10 +2,10 @@
 
 Each line of its standard input gives the secret that opens a job's updates, as hexadecimal digits, and names
 its `MergeJob`'s file. It leaves durable blob files and, last and atomically, a `MergeResult` in `job.output`,
-then writes the job's name to standard output, and ends with its input. It holds no socket, no other key and
-no ledger; the daemon takes its files over. It ends with exit
-code 2 at the first job that cannot be done: the last line of standard error says what is wrong, and the
-file `BLAME`, if there is one, names the site whose update is to blame.
+then writes the job's name to standard output; it ends when its input does. It holds no socket, no other key
+and no ledger; the daemon takes its files over. At the first job that cannot be done it ends with exit code 2:
+the last line of standard error says what is wrong, and the file `BLAME`, if there is one, names the site whose
+update is to blame.
 """
 
 import os

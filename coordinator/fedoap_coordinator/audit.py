@@ -13,8 +13,10 @@ from typing import Final, TypedDict
 from fedoap.config import FederationConfig
 from fedoap.errors import ConfigError, TensorsError
 from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
+from fedoap_coordinator.damage import MENDING
 from fedoap_coordinator.evidence import DamagedError, Evidence, read_evidence
 from fedoap_coordinator.folder import LEDGER
+from fedoap_coordinator.rows import RowError
 
 LOG = "log.jsonl"
 RESULT_CODES: Final = frozenset(
@@ -102,8 +104,8 @@ def audit(config: FederationConfig, only: str | None = None) -> dict[str, SiteAu
             for site in names
             if only in (None, site)
         }
-    except (TensorsError, LookupError, ValueError, OverflowError, OSError):  # the last three: no time of any calendar
-        raise DamagedError(f"{state / LEDGER}: is damaged; fedoap-coordinator verify says where") from None
+    except (TensorsError, RowError) as error:
+        raise DamagedError(f"{state / LEDGER}: ledger is damaged: {error}; {MENDING}") from None
 
 
 def audit_lines(found: dict[str, SiteAudit]) -> Iterator[str]:
@@ -131,7 +133,10 @@ def _entered(evidence: Evidence, site: str) -> Iterator[Entered]:
     tasks = {row.task: row for row in evidence.tasks}
     for row in evidence.updates:
         if row.site == site:
-            task, upload = TaskManifest.unpack(tasks[row.task].packed), UploadManifest.unpack(row.packed)
+            opened = tasks.get(row.task)
+            if opened is None:
+                raise RowError(f"updates names task {row.task.hex()[:16]}, which tasks lacks")
+            task, upload = TaskManifest.unpack(opened.packed), UploadManifest.unpack(row.packed)
             yield {
                 "time": _time(row.stored),
                 "kind": task.kind,
@@ -141,7 +146,7 @@ def _entered(evidence: Evidence, site: str) -> Iterator[Entered]:
                 "blob": upload.blob.id.hex(),
                 "bytes": upload.blob.size,
                 "cases": upload.cases,
-                "counted": row.counted if tasks[row.task].outcome else None,
+                "counted": row.counted if opened.outcome else None,
                 "kept": row.kept,
             }
 
@@ -190,4 +195,7 @@ def _parsed(line: str) -> object:
 
 
 def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    except (ValueError, OverflowError, OSError):
+        raise RowError(f"{seconds} is no time") from None

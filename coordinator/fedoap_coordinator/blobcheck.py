@@ -8,12 +8,12 @@ from itertools import accumulate
 from pathlib import Path
 
 from fedoap.config import BlobFiles, Plan
-from fedoap.errors import FedoapError, UpdateError
+from fedoap.errors import FedoapError, IdentityError, UpdateError
 from fedoap.manifests import NO_KEY, BlobManifest, TaskManifest, UploadManifest
 from fedoap.seal import SealedFile
 from fedoap_coordinator.aggregator import MergeResult, merge
 from fedoap_coordinator.jobs import merge_job, upload_files
-from fedoap_coordinator.seals import secret_of
+from fedoap_coordinator.seals import seal_file, secret_of
 
 
 class Gone(Exception):  # noqa: N818 - no error where a coordinator at work has just deleted the file
@@ -40,20 +40,23 @@ def check_upload(state: Path, upload: UploadManifest) -> Iterator[str]:
     """Yield what is wrong with a committed upload's tensors.
 
     Raises:
-        Gone: they are not there.
+        Gone: they, or the key of their seal, are not there.
     """
     files, blob = upload_files(state, upload), upload.blob
     yield from check_manifest(files.manifest, upload)
-    secret = secret_of(state, upload.task)
-    if secret is None:
-        yield f"{files.blob}: the key of its seal is gone, so nobody can open it"
+    try:
+        secret = secret_of(state, upload.task)
+    except IdentityError as error:
+        yield str(error)
         return
+    if secret is None:
+        raise Gone(str(seal_file(state, upload.task)))
     try:
         sealed = SealedFile(files.blob, upload, secret)
         for at in range(0, blob.size, blob.chunk_bytes):
             yield from _check_sealed(files.blob, sealed, blob, at)
-    except FileNotFoundError:
-        raise Gone(str(files.blob)) from None
+    except OSError as error:
+        yield _unread(files.blob, error)
     except FedoapError as error:
         yield f"{files.blob}: {error}"
 
@@ -66,8 +69,9 @@ def check_manifest(path: Path, manifest: BlobManifest | UploadManifest) -> Itera
     """
     try:
         written = path.read_bytes()
-    except FileNotFoundError:
-        raise Gone(str(path)) from None
+    except OSError as error:
+        yield _unread(path, error)
+        return
     if written != manifest.pack():
         yield f"{path}: is not the manifest of that name"
 
@@ -118,8 +122,19 @@ def _check_chunks(path: Path, manifest: BlobManifest, read: Callable[[int, int],
                 yield f"{path}: {where} is not what its manifest says"
         if read(manifest.size, 1):
             yield f"{path}: is longer than the {manifest.size} bytes that its manifest says"
-    except FileNotFoundError:
+    except OSError as error:
+        yield _unread(path, error)
+
+
+def _unread(path: Path, error: OSError) -> str:
+    """Return the fault of a file that the system does not read.
+
+    Raises:
+        Gone: it is not there.
+    """
+    if isinstance(error, FileNotFoundError):
         raise Gone(str(path)) from None
+    return f"{path}: cannot be read: {error.strerror}"
 
 
 def _check_sealed(path: Path, sealed: SealedFile, blob: BlobManifest, at: int) -> Iterator[str]:

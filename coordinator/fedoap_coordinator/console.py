@@ -3,6 +3,7 @@
 Both say who is waited for, since when and until when.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "upload_resumed": "{site} goes on with its upload at byte {at} of {bytes}",
 }
 PLAIN_PROGRESS_SECONDS: Final = 15.0
+SECONDS_PER_YEAR: Final = 31_536_000
 WAITING_FOR: Final = frozenset({"absent", "idle", "working", "waiting", "uploading", "silent"})
 
 
@@ -76,7 +78,7 @@ def sentence(note: Note) -> str:
 
 
 def _work(note: Note) -> dict[str, str]:
-    """Return what a note's work and its part are called, the part only where it is not all; nothing for other notes."""
+    """Return the words for a note's exchange and, where it is not the whole of it, for the stage; else nothing."""
     kind, number, stage = (note.fields.get(name) for name in ("kind", "round", "stage"))
     if kind not in get_args(TaskKind) or not isinstance(number, int):
         return {}
@@ -156,11 +158,13 @@ class _Pace:
     megabytes: float = 0.0
 
     def seconds_left(self, site: SiteStatus, now: float) -> float | None:
-        """Return the time left at this pace, or nothing while there is none."""
+        """Return the time left at this pace, or nothing while there is none or it is beyond a year."""
         if site.size and site.received < site.size:
-            return (site.size - site.received) / 1e6 / self.megabytes if self.megabytes > 0 else None
-        done = site.step - self.step
-        return (now - self.since) / done * (site.steps - site.step) if done > 0 and site.steps else None
+            left = (site.size - site.received) / 1e6 / self.megabytes if self.megabytes > 0 else math.inf
+        else:
+            done = site.step - self.step
+            left = (now - self.since) / done * max(0, site.steps - site.step) if done > 0 and site.steps else math.inf
+        return left if left < SECONDS_PER_YEAR else None
 
 
 class TableConsole:
@@ -185,7 +189,8 @@ class TableConsole:
         for name in ("site", "state", "stage", "step", "loss", "Dice", "MB/s", "left", "heard"):
             table.add_column(name, justify="left" if name in ("site", "state", "stage") else "right")
         for site in status.sites:
-            table.add_row(*self._row(site, view.moved.get(site.name, 0), view.now))
+            cells = self._row(site, view.moved.get(site.name, 0), view.now)
+            table.add_row(*map(Text, cells))  # as text: a stage is the site's word, and must not be markup
         self._live.update(Group(table, Text(waited_for(status, datetime.now().astimezone()))), refresh=True)
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ from fedoap.protocol.events import (
 from fedoap_coordinator.console import Console, View
 from fedoap_coordinator.descriptors import Doorkeeper
 from fedoap_coordinator.downloads import Downloads
-from fedoap_coordinator.enrolment import Enrolment
+from fedoap_coordinator.enrolment import Answer, Enrolment
 from fedoap_coordinator.journal import Journal
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.merging import Merging
@@ -45,7 +45,9 @@ from fedoap_coordinator.zap import Doors, Invitee, Site, Zap
 
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 2.0
-"""How old `status` may be: a file system may flush what replaces a file, and the loop would wait for it."""
+"""How often `status.json` is written: the loop waits where the file system flushes a file that replaces another."""
+HELD_UP_SECONDS = 2.0
+"""The loop handles a tick four times a second; where it did not, sites were not silent, but nobody listened."""
 BUSY_MILLISECONDS = 5
 """Pause while a download waits for room."""
 FAREWELL_SECONDS = 10.0
@@ -74,6 +76,7 @@ class Daemon:
     stopping: bool = False
     counts: Counts = field(default_factory=Counts)
     _merging_since: float = 0.0
+    _handled_at: float = 0.0
     _version: int = -1
     _next_tick: float = 0.0
     _next_status: float = 0.0
@@ -118,38 +121,30 @@ class Daemon:
         content = arrived.content
         match self.zap.doors.peers.get(arrived.user):
             case Site(name) if isinstance(content, Rotate):
-                self._rotate(name, content, arrived.route)
+                rotated = Note("rotated", {"site": name, "key": fingerprint(content.signing_key)})
+                self._answer(arrived, self.enrolment.rotate(name, content, time.time()), rotated)
             case Site(name):
                 self.counts.received[name] += len(arrived.body)
                 self._handle(_event(name, arrived))
             case Invitee(token_key) if isinstance(content, Enrol):
-                self._enrol(token_key, content, arrived.route)
+                enrolled = Note("enrolled", {"site": content.site})
+                self._answer(arrived, self.enrolment.answer(token_key, content, time.time()), enrolled)
             case Invitee():
                 self._refuse(arrived, Refuse("token", "an invitation's key lets you enrol and nothing else"))
             case None:
                 self._refuse(arrived, Refuse("revoked", "this key was revoked or replaced; ask for an invitation"))
 
-    def _enrol(self, token_key: bytes, request: Enrol, route: bytes) -> None:
-        answer = self.enrolment.answer(token_key, request, time.time())
+    def _answer(self, arrived: Arrived, answer: Answer, joined: Note) -> None:
         if answer.joined:
-            self.note(Note("enrolled", {"site": request.site}))
+            self.note(joined)
             self._look_at_roster()
         if isinstance(answer.message, Refuse):
-            fields = {"site": request.site, "code": answer.message.code, "reason": answer.message.reason}
-            self.note(Note("refused", dict(fields)))
-        self._say(route, answer.message, answer.body)
-
-    def _rotate(self, site: str, request: Rotate, route: bytes) -> None:
-        answer = self.enrolment.rotate(site, request, time.time())
-        if answer.joined:
-            self.note(Note("rotated", {"site": site, "key": fingerprint(request.signing_key)}))
-            self._look_at_roster()
-        elif isinstance(answer.message, Refuse):
-            self.note(Note("refused", {"site": site, "code": answer.message.code, "reason": answer.message.reason}))
-        self._say(route, answer.message, answer.body)
+            self._refuse(arrived, answer.message)
+        else:
+            self._say(arrived.route, answer.message, answer.body)
 
     def _refuse(self, arrived: Arrived, answer: Refuse) -> None:
-        site = arrived.user.removeprefix("enrol:").partition(":")[0]
+        site = arrived.user.removeprefix("enrol:").partition(":")[0]  # whose key it is, not who it says it is
         self.note(Note("refused", {"site": site, "code": answer.code, "reason": answer.reason}))
         self._say(arrived.route, answer)
 
@@ -183,8 +178,10 @@ class Daemon:
 
     def _name_refused(self) -> None:
         """Say whose keys the ZAP handler turned away: the other side is told the same."""
-        for key in self.zap.refused() - self.zap.doors.users.keys():  # a token may be younger than our last look
-            owner = next((member.name for member in self.ledger.roster().members if member.curve_key == key), "")
+        strangers = self.zap.refused() - self.zap.doors.users.keys()  # a token may be younger than our last look
+        members = self.ledger.roster().members if strangers else ()
+        for key in strangers:
+            owner = next((member.name for member in members if member.curve_key == key), "")
             code = "revoked" if owner else "unknown_site"
             self.counts.refused[code] += 1
             reason = "its key was revoked" if owner else f"key {fingerprint(key)} is not enrolled"
@@ -213,26 +210,34 @@ class Daemon:
         events = deque([event])
         while events:
             event = events.popleft()
-            effects = self.machine.handle(event, time.monotonic())
+            effects = self.machine.handle(event, self._now())
             events += self._carry_out_all(effects, event.site if isinstance(event, Received) else "")
+
+    def _now(self) -> float:
+        """Return the time, once the sites are excused for as long as a slow disk or the system held the loop up."""
+        now = time.monotonic()
+        held_up = now - (self._handled_at or now)
+        if held_up > HELD_UP_SECONDS:
+            self.machine.excuse(held_up)
+        self._handled_at = now
+        return now
 
     def _carry_out_all(self, effects: list[CoordinatorEffect], site: str = "") -> list[FollowUp]:
         follow_ups = []
         for effect in effects:
-            if isinstance(effect, SendBlob):
-                self.counts.sent[site] += effect.upto - effect.at
-                self.downloads.note(site, effect.blob, effect.upto - effect.at)
-            follow_up = self._carry_out(effect)
+            follow_up = self._carry_out(effect, site)
             if follow_up:
                 follow_ups.append(follow_up)
         return follow_ups
 
-    def _carry_out(self, effect: CoordinatorEffect) -> FollowUp | None:
+    def _carry_out(self, effect: CoordinatorEffect, site: str) -> FollowUp | None:
         match effect:
             case Send(route, message, body):
                 self._say(route, message, body)
-            case SendBlob():
-                self.port.send_blob(effect)
+            case SendBlob(_, blob, at, upto):
+                self.counts.sent[site] += upto - at
+                self.downloads.note(site, blob, upto - at)
+                self.port.send_blob(effect, site)
             case Aggregate():
                 self._merging_since = time.monotonic()
                 return self.merging.start(effect)

@@ -1,4 +1,4 @@
-"""What is wrong with a ledger, told to whoever keeps it: no room, a damaged page, or a row that makes no sense."""
+"""What is wrong with a ledger, in words for its operator: no room, a damaged page, a row that makes no sense."""
 
 import shutil
 import sqlite3
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from fedoap.errors import DiskError, StorageError, TensorsError
+from fedoap_coordinator.rows import RowError
 
 LITTLE_BYTES = 1 << 20
-"""With less room than this SQLite cannot make the files that it keeps beside an open ledger, and calls that I/O."""
+"""With less room SQLite cannot make the files that it keeps beside an open ledger, and calls that an I/O error."""
 REFUSED = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 MENDING = "fedoap-coordinator verify says where; put the whole state folder back from a backup"
 
@@ -47,7 +48,7 @@ def primary_code(error: Exception) -> int:
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Turn what SQLite and a damaged cell, which may have any type, raise into one error.
+    """Turn what SQLite, and whoever parses its rows, find wrong into one error.
 
     Raises:
         StorageError: anything of the kind.
@@ -56,7 +57,7 @@ def told(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise ledger_error(path, error) from None
-    except (TensorsError, TypeError, ValueError) as error:
+    except (TensorsError, RowError) as error:
         raise StorageError(f"{path}: ledger is damaged: {error}; {MENDING}") from None
 
 

@@ -31,7 +31,7 @@ def raise_limit(sites: int) -> None:
 
 
 def open_own(path: Path, flags: int, mode: int = 0o777) -> int:
-    """Return `os.open`'s descriptor; where strangers took the last one, of the spare, and the port shuts next."""
+    """Open a file of our own; where strangers hold all descriptors it is one of the spare, and the port shuts next."""
     try:
         return os.open(path, flags, mode)
     except OSError as error:

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedoap_coordinator.ledger import Download, Ledger
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Download
 
 REMEMBERED = 4
 """Blobs of a site of which it is known that they are in the ledger: to write one again does no harm."""

@@ -24,7 +24,8 @@ from fedoap.identity import (
 )
 from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, RefusalCode, Refuse, Rotate
 from fedoap_coordinator.folder import Keys, invited_endpoint
-from fedoap_coordinator.ledger import Invite, Ledger
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Invite
 
 SECONDS_PER_HOUR = 3600
 SECONDS_PER_DAY = 24 * SECONDS_PER_HOUR
@@ -77,7 +78,10 @@ class Enrolment:
             return self._yes(new)
         if given.used or given.withdrawn or now >= given.expires:
             return _unusable(given, now)
-        self.ledger.enrol(token_key, new, now)
+        if not self.ledger.enrol(token_key, new, now):
+            return _no(
+                "token", f"the invitation of {new.name} was withdrawn a moment ago; ask the operator for another"
+            )
         return self._yes(new, joined=True)
 
     def rotate(self, site: str, message: Rotate, now: float) -> Answer:

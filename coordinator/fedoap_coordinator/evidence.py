@@ -10,17 +10,17 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
 from fedoap.chain import Link
 from fedoap.errors import StorageError
 from fedoap_coordinator.damage import primary_code
-from fedoap_coordinator.ledger import BUSY_SECONDS, SCHEMA, SCHEMA_VERSION, Download, check_version
+from fedoap_coordinator.ledger import BUSY_SECONDS, SCHEMA, SCHEMA_VERSION, check_version
+from fedoap_coordinator.rows import Cell, Download, Row
 
 T = TypeVar("T")
 UNAVAILABLE = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN)
 """Errors of the system around the file, by their lowest byte: another moment may go well."""
-Cell: TypeAlias = str | bytes | int | float | None
 
 
 class DamagedError(StorageError):
@@ -183,7 +183,7 @@ def _made_otherwise(db: sqlite3.Connection) -> list[str]:
         return sorted({_text(name) for name, _ in {*db.execute(query)} ^ {*new.execute(query)}})
 
 
-def _task(row: tuple[Cell, ...]) -> TaskEvidence:
+def _task(row: Row) -> TaskEvidence:
     number, task, packed, signature, opened, closed, outcome, reason, result = row
     return TaskEvidence(
         number=_whole(number),
@@ -198,7 +198,7 @@ def _task(row: tuple[Cell, ...]) -> TaskEvidence:
     )
 
 
-def _update(row: tuple[Cell, ...]) -> UpdateEvidence:
+def _update(row: Row) -> UpdateEvidence:
     upload, task, site, packed, signature, stored, counted, kept = row
     return UpdateEvidence(
         upload=_bytes(upload),

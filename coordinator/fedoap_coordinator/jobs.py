@@ -1,7 +1,7 @@
 """From a task and the uploads that count to the job of the aggregation process.
 
-The daemon and `verify` make it here, so that both merge the same files in the same way. Here alone is
-known where a committed upload lies and how it is read.
+The daemon and `verify` make it here, so that both merge the same files in the same way. Nothing else knows
+where a committed upload lies.
 """
 
 import hashlib

@@ -9,17 +9,18 @@ command line open the same file at the same time; `version` tells the one of the
 import sqlite3
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeAlias
+from typing import Self
 
-from fedoap.chain import NO_RECORD, Outcome, record_id
+from fedoap.chain import NO_RECORD, record_id
 from fedoap.errors import ConfigError, StorageError
 from fedoap.identity import Member, Roster
-from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
+from fedoap.manifests import BlobManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed
+from fedoap_coordinator import rows
 from fedoap_coordinator.damage import ledger_error, told, told_whole
 from fedoap_coordinator.notary import Closing, Committed, Sign
+from fedoap_coordinator.rows import Cell, Download, Invite, PartRow, TaskRow, UpdateRow
 
 SCHEMA_VERSION = 2
 SCHEMA = """
@@ -52,68 +53,6 @@ create table if not exists downloads(
 create table if not exists records(number integer primary key, packed blob not null, signature blob not null);
 """
 BUSY_SECONDS = 10.0
-Value: TypeAlias = str | bytes | int | float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Invite:
-    """A token that was given out: the public half of its key, for whom, and what became of it."""
-
-    token_key: bytes
-    site: str
-    expires: int
-    used: bool
-    withdrawn: bool
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateRow:
-    """A committed upload, whether it counted, and whether its tensors are still kept; `stored` is Unix time."""
-
-    site: str
-    upload: bytes
-    manifest: UploadManifest
-    counted: bool
-    stored: float
-    kept: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PartRow:
-    """An upload under way, which is durable as far as byte `at`."""
-
-    upload: bytes
-    site: str
-    manifest: UploadManifest
-    signature: bytes
-    at: int
-
-
-@dataclass(frozen=True, slots=True)
-class TaskRow:
-    """An exchange: its signed manifest, and how it ended if it did; times are Unix seconds."""
-
-    task: bytes
-    manifest: TaskManifest
-    packed: bytes
-    signature: bytes
-    opened: float
-    closed: float | None
-    outcome: Outcome | None
-    reason: str
-    result: bytes | None
-    """Name of the published blob, if the exchange made one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Download:
-    """Bytes of a published blob that left for a site between two moments (Unix seconds)."""
-
-    site: str
-    blob: bytes
-    first: float
-    last: float
-    bytes: int
 
 
 class Ledger:
@@ -150,9 +89,7 @@ class Ledger:
     @told_whole
     def fact(self, name: str) -> bytes | None:
         """Return a named value, or nothing."""
-        for (value,) in self._run("select value from facts where name=?", name):
-            return bytes(value)
-        return None
+        return next(iter(rows.blobs(self._run("select value from facts where name=?", name))), None)
 
     def set_fact(self, name: str, value: bytes) -> None:
         """Set a named value."""
@@ -167,16 +104,15 @@ class Ledger:
     @told_whole
     def roster(self) -> Roster:
         """Return all sites that ever enrolled."""
-        rows = self._run("select site, curve_key, signing_key, revoked is not null from members order by site")
-        members = tuple(Member(site, curve, signing, bool(revoked)) for site, curve, signing, revoked in rows)
-        return Roster(int(self.fact("epoch") or b"0"), members)
+        found = self._run("select site, curve_key, signing_key, revoked is not null from members order by site")
+        return Roster(self._epoch(), tuple(map(rows.member, found)))
 
     @told_whole
     def invites(self) -> tuple[Invite, ...]:
         """Return all tokens ever given out, oldest first."""
         columns = "token_key, site, expires, used is not null, withdrawn is not null"
-        rows = self._run(f"select {columns} from invites order by created, rowid")  # noqa: S608 - our own words
-        return tuple(Invite(key, site, expires, bool(used), bool(gone)) for key, site, expires, used, gone in rows)
+        found = self._run(f"select {columns} from invites order by created, rowid")  # noqa: S608 - our own words
+        return tuple(map(rows.invite, found))
 
     def add_invite(self, token_key: bytes, site: str, now: float, expires: int) -> None:
         """Record a new token; the site's earlier ones that were not used are withdrawn."""
@@ -184,13 +120,17 @@ class Ledger:
             self._run("update invites set withdrawn=? where site=? and used is null", now, site)
             self._run("insert into invites values(?,?,?,?,null,null)", token_key, site, now, expires)
 
-    def enrol(self, token_key: bytes, member: Member, now: float) -> None:
-        """Record a member under the token, which is used up from now on."""
+    def enrol(self, token_key: bytes, member: Member, now: float) -> bool:
+        """Record a member under the token, which is used up from now on; return whether it was good until now."""
         with self._transaction():
+            is_void = "token_key=? and (used is not null or withdrawn is not null)"
+            if self._run(f"select 1 from invites where {is_void}", token_key).fetchall():  # noqa: S608 - our own words
+                return False
             self._run("update invites set used=? where token_key=?", now, token_key)
             row = (member.name, member.curve_key, member.signing_key, now)
             self._run("insert or replace into members values(?,?,?,?,null)", *row)
             self._next_epoch()
+        return True
 
     def rotate(self, old: Member, new: Member, now: float) -> bool:
         """Replace a member's keys; return whether it was a member, with these old keys, until now."""
@@ -224,7 +164,7 @@ class Ledger:
     def revoked_at(self, site: str) -> float | None:
         """Return when a key of the site was revoked last, though it may have joined anew since; None if never."""
         at = self.fact(f"revoked {site}")
-        return None if at is None else float(at)
+        return None if at is None else rows.number(at, f"revoked {site}")
 
     # Exchanges.
 
@@ -250,8 +190,8 @@ class Ledger:
     @told_whole
     def parts(self) -> tuple[PartRow, ...]:
         """Return the uploads that are durable in part, by site."""
-        rows = self._run("select upload, site, packed, signature, at from parts order by site, upload")
-        return tuple(PartRow(one, site, UploadManifest.unpack(packed), *rest) for one, site, packed, *rest in rows)
+        found = self._run("select upload, site, packed, signature, at from parts order by site, upload")
+        return tuple(map(rows.part, found))
 
     def publish(self, manifest: BlobManifest, now: float, exact: BlobManifest | None = None) -> None:
         """Record a model or a bank that the coordinator made, and what it keeps of it to itself, if anything."""
@@ -294,39 +234,38 @@ class Ledger:
         """Return the uploads, and the blobs of results, that must be on the disk."""
         uploads = self._run("select upload from updates where kept")
         published = self._run("select blob from published where kept")
-        return frozenset(name for (name,) in (*uploads, *published))
+        return frozenset(rows.blobs((*uploads, *published)))
 
     @told_whole
     def tasks(self) -> tuple[TaskRow, ...]:
         """Return all exchanges in the order in which they were opened."""
-        columns = "task, packed, signature, opened, closed, outcome, reason, result"
-        rows = self._run(f"select {columns} from tasks order by number")  # noqa: S608 - our own words
-        return tuple(TaskRow(task, TaskManifest.unpack(packed), packed, *rest) for task, packed, *rest in rows)
+        return self._tasks("order by number")
 
     @told_whole
     def updates(self, task: bytes) -> tuple[UpdateRow, ...]:
         """Return a task's committed uploads by site."""
         columns = "site, upload, packed, counted, stored, kept"
-        rows = self._run(f"select {columns} from updates where task=? order by site", task)  # noqa: S608 - likewise
-        return tuple(
-            UpdateRow(site, upload, UploadManifest.unpack(packed), bool(counted), stored, bool(kept))
-            for site, upload, packed, counted, stored, kept in rows
-        )
+        found = self._run(f"select {columns} from updates where task=? order by site", task)  # noqa: S608 - likewise
+        return tuple(map(rows.update, found))
 
     @told_whole
     def published(self, blob: bytes) -> BlobManifest | None:
         """Return the manifest of a model or bank that the coordinator made."""
-        for (packed,) in self._run("select manifest from published where blob=?", blob):
-            return BlobManifest.unpack(packed)
-        return None
+        packed = rows.blobs(self._run("select manifest from published where blob=?", blob))
+        return next(map(BlobManifest.unpack, packed), None)
+
+    def _tasks(self, which: str, *values: Cell) -> tuple[TaskRow, ...]:
+        columns = "task, packed, signature, opened, closed, outcome, reason, result"
+        return tuple(map(rows.task, self._run(f"select {columns} from tasks {which}", *values)))  # noqa: S608 - likewise
 
     @told_whole
     def _closing(self, task: bytes) -> Closing:
-        row = next(row for row in self.tasks() if row.task == task)
+        (row,) = self._tasks("where task=?", task)
         assert row.closed is not None
         assert row.outcome is not None
         uploads = tuple(Committed(one.upload, one.manifest, one.stored, one.counted) for one in self.updates(task))
-        exact = self._run("select exact from published where blob=? and exact is not null", row.result).fetchone()
+        query = "select exact from published where blob=? and exact is not null"
+        exact = next(map(BlobManifest.unpack, rows.blobs(self._run(query, row.result))), None)
         return Closing(
             task=task,
             manifest=row.manifest,
@@ -336,19 +275,22 @@ class Ledger:
             reason=row.reason,
             uploads=uploads,
             result=row.result or b"",
-            exact=BlobManifest.unpack(exact[0]).id if exact else b"",
+            exact=exact.id if exact else b"",
         )
 
     @told_whole
     def _next_record(self) -> tuple[int, bytes]:
         """Return the number that comes next and the id of the record before it."""
-        for number, packed in self._run("select number, packed from records order by number desc limit 1"):
-            return number + 1, record_id(packed)
-        return 1, NO_RECORD
+        ((count,),) = self._run("select ifnull(max(number), 0) from records")
+        last = rows.blobs(self._run("select packed from records where number=?", count))
+        return int(count) + 1, next(map(record_id, last), NO_RECORD)
 
+    def _epoch(self) -> int:
+        return int(rows.number(self.fact("epoch") or b"0", "epoch"))
+
+    @told_whole
     def _next_epoch(self) -> None:
-        epoch = int(self.fact("epoch") or b"0") + 1
-        self._run("insert or replace into facts values('epoch',?)", str(epoch).encode())
+        self.set_fact("epoch", str(self._epoch() + 1).encode())
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -360,7 +302,7 @@ class Ledger:
             self._db.rollback()
             raise
 
-    def _run(self, sql: str, *values: Value) -> sqlite3.Cursor:
+    def _run(self, sql: str, *values: Cell) -> sqlite3.Cursor:
         with told(self.path):
             return self._db.execute(sql, values)
 

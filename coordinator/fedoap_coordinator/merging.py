@@ -7,6 +7,7 @@ when its standard input does, so none outlives the daemon by more than the job i
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,7 +84,7 @@ class Merging:
         self._running = None
         try:
             if not is_done:
-                reason = _last_line(self._errors, job.process.returncode)
+                reason = _reason(self._errors, job.process.returncode)
                 return AggregateFailed(job.task, reason, _blamed(job.folder / BLAME))
             return Aggregated(job.task, self._take_over(job.folder))
         finally:
@@ -157,7 +158,9 @@ def _output(process: "subprocess.Popen[bytes]") -> int:
     return process.stdout.fileno()
 
 
-def _last_line(errors: IO[bytes], code: int) -> str:
+def _reason(errors: IO[bytes], code: int) -> str:
+    if code < 0:
+        return f"the aggregation process was ended by signal {-code} ({signal.strsignal(-code)})"
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - READ_BACK_BYTES))
     lines = errors.read().decode(errors="replace").strip().splitlines()
     return (lines[-1] if lines else f"the aggregation process ended with code {code}")[:400]

@@ -5,12 +5,13 @@ the loop waits for nobody. The text is that of prometheus.io/docs/instrumenting/
 """
 
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar, get_args
+from typing import ClassVar, TypeAlias, get_args
 
 from fedoap import __version__
 from fedoap.errors import ConfigError
@@ -18,6 +19,7 @@ from fedoap.protocol.status import RunState, SiteState, SiteStatus, Status
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_SECONDS = 5
+_Request: TypeAlias = socket.socket | tuple[bytes, socket.socket]
 Samples = list[tuple[dict[str, str], float]]
 
 
@@ -75,6 +77,11 @@ class MetricsServer:
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
+            def handle_error(self, request: _Request, client_address: object) -> None:
+                """Say nothing of a client that hung up: the console is the federation's."""
+                if not isinstance(sys.exc_info()[1], OSError):
+                    super().handle_error(request, client_address)
+
         try:
             self._http = Server((host, int(port)), Handler)
         except OSError as error:
@@ -113,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: the console is the federation's."""
+        """Say nothing, for the same reason."""
 
 
 def exposition(figures: Figures) -> str:

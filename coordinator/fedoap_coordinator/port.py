@@ -1,10 +1,11 @@
 """The coordinator's one socket: a CURVE ROUTER that bounds what any peer can make it hold.
 
 Three frames a message: ZeroMQ's return address, header, body. Whoever a message is from is told by
-its own User-Id, never by its return address. Bytes of blobs leave under two limits, for each return
-address and for all together. A chunk counts until libzmq has encrypted it; then its encrypted form lies
-there until the system takes it, and nobody says when, so each peer counts for one chunk more until it is
-heard again. So memory depends neither on the number of sites nor on the speed of their lines.
+its own User-Id, never by its return address. Bytes of blobs leave under two limits, for each site, whose
+share is the smaller the more sites there are, and for all together. A chunk counts until libzmq has
+encrypted it; then its encrypted form lies there until the system takes it, and nobody says when, so each
+connection counts for one chunk more until it is heard again. So memory depends neither on the number of
+sites nor on the speed of their lines, and sites whose lines are slow leave room for the others.
 """
 
 import errno
@@ -26,7 +27,7 @@ RECEIVE_QUEUE = 12
 """Messages of one connection that may wait unread. A window may be larger: what does not fit stays in the kernels'
 buffers and at the site, as ZeroMQ stops reading; so this, times the uploads at once, bounds memory."""
 SEND_QUEUE = 64
-CHUNKS_PER_ROUTE = 4
+CHUNKS_PER_SITE = 4
 CHUNKS_IN_ALL = 24
 CONFIRM_SECONDS = 10.0
 """A peer that was sent a chunk counts for so long if it says nothing: it has read, or its line is dead."""
@@ -46,8 +47,26 @@ class Arrived:
     body: memoryview = field(default=memoryview(b""))
 
 
+@dataclass(frozen=True, slots=True)
+class _Inflight:
+    """A chunk that libzmq may not have encrypted yet."""
+
+    site: str
+    route: bytes
+    tracker: zmq.MessageTracker
+
+
+@dataclass(frozen=True, slots=True)
+class _Unconfirmed:
+    """A connection that was not heard since its last chunk left; it counts until then at the most."""
+
+    site: str
+    until: float
+
+
 @dataclass(slots=True)
 class _Download:
+    site: str
     route: bytes
     blob: bytes
     at: int
@@ -68,9 +87,9 @@ class Port:
         self._read = read
         self._downloads: dict[bytes, deque[_Download]] = {}
         """By return address: each peer's ranges in the order asked for, as a chunk out of turn counts as lost."""
-        self._inflight: dict[bytes, list[zmq.MessageTracker]] = {}
-        self._unconfirmed: dict[bytes, float] = {}
-        """By return address: until when a peer counts that has not been heard since its last chunk."""
+        self._inflight: list[_Inflight] = []
+        self._unconfirmed: dict[bytes, _Unconfirmed] = {}
+        """By return address."""
         self._clock = clock
         self._endpoint = ""
         # pyzmq makes a context for frames that are not copied when it meets the first one: not while sites dial
@@ -126,11 +145,11 @@ class Port:
             return False
         return True
 
-    def send_blob(self, effect: SendBlob) -> None:
-        """Send bytes of a blob as soon as there is room; what is under way is not begun twice."""
+    def send_blob(self, effect: SendBlob, site: str) -> None:
+        """Send a site bytes of a blob as soon as there is room; what is under way is not begun twice."""
         mine = self._downloads.get(effect.route, deque())
         if len(mine) < REQUESTS_PER_ROUTE and all(one.upto != effect.upto or one.blob != effect.blob for one in mine):
-            mine.append(_Download(effect.route, effect.blob, effect.at, effect.upto))
+            mine.append(_Download(site, effect.route, effect.blob, effect.at, effect.upto))
             self._downloads[effect.route] = mine
 
     def pump(self) -> Literal["idle", "blocked", "more"]:
@@ -151,26 +170,32 @@ class Port:
         self.socket.close(linger_milliseconds)
 
     def _forget_sent(self) -> None:
-        self._inflight = {
-            route: left for route, all_ in self._inflight.items() if (left := [one for one in all_ if not one.done])
-        }
+        self._inflight = [one for one in self._inflight if not one.tracker.done]
         now = self._clock()
-        self._unconfirmed = {route: until for route, until in self._unconfirmed.items() if now < until}
+        self._unconfirmed = {route: one for route, one in self._unconfirmed.items() if now < one.until}
 
     def _send_chunks(self) -> bool:
         """Send a chunk to each peer that has room, as long as there is room in all; return whether any went."""
-        moved = False
-        for route, mine in self._downloads.items():
-            inflight = len(self._inflight.get(route, ()))
-            others = len(self._unconfirmed) - (route in self._unconfirmed)
-            if sum(map(len, self._inflight.values())) + others + 1 >= CHUNKS_IN_ALL:
+        moved, share = False, self._share()
+        for route, mine in list(self._downloads.items()):
+            others = [one.site for other, one in self._unconfirmed.items() if other != route]
+            if len(self._inflight) + len(others) + 1 >= CHUNKS_IN_ALL:
                 break
-            moved |= inflight < CHUNKS_PER_ROUTE and self._send_chunk(mine[0])
+            site = mine[0].site
+            held = sum(one.site == site for one in self._inflight) + others.count(site)
+            if held < share and self._send_chunk(mine[0]):
+                moved = True
+                self._downloads[route] = self._downloads.pop(route)  # behind those that are still to have their turn
         return moved
+
+    def _share(self) -> int:
+        """Return how many chunks one site may have under way."""
+        sites = {mine[0].site for mine in self._downloads.values()} | {one.site for one in self._inflight}
+        return max(1, min(CHUNKS_PER_SITE, CHUNKS_IN_ALL // max(1, len(sites)) - 1))
 
     def _confirm(self, route: bytes) -> None:
         """Count a peer no longer that has spoken since its last chunk left."""
-        if route in self._unconfirmed and all(one.done for one in self._inflight.get(route, ())):
+        if route in self._unconfirmed and all(one.tracker.done for one in self._inflight if one.route == route):
             del self._unconfirmed[route]
 
     def _send_chunk(self, download: _Download) -> bool:
@@ -190,8 +215,8 @@ class Port:
             return True
         download.at += size
         assert isinstance(body.tracker, zmq.MessageTracker)
-        self._inflight.setdefault(download.route, []).append(body.tracker)
-        self._unconfirmed[download.route] = self._clock() + CONFIRM_SECONDS
+        self._inflight.append(_Inflight(download.site, download.route, body.tracker))
+        self._unconfirmed[download.route] = _Unconfirmed(download.site, self._clock() + CONFIRM_SECONDS)
         return True
 
 

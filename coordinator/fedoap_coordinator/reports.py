@@ -15,7 +15,8 @@ from fedoap.params import CONTROL_PREFIX
 from fedoap.protocol.course import Step, place
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
 from fedoap_coordinator.blobs import blob_files
-from fedoap_coordinator.ledger import Ledger, TaskRow
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import TaskRow
 
 STATUS = "status.json"
 NONE_YET = "no exchange was opened yet"

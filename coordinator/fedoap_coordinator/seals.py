@@ -8,7 +8,7 @@ import os
 from collections.abc import Set
 from pathlib import Path
 
-from fedoap.errors import StorageError
+from fedoap.errors import IdentityError, StorageError
 from fedoap.identity import KEY_BYTES, read_private, sync_folder, write_private
 
 SEALS = "seals"
@@ -20,8 +20,18 @@ def secret_of(state: Path, task: bytes) -> bytes | None:
     Raises:
         IdentityError: its file is damaged, or others may read it.
     """
-    path = _path(state, task)
-    return read_private(path) if path.exists() else None
+    path = seal_file(state, task)
+    try:
+        return read_private(path)
+    except IdentityError:
+        if path.exists():
+            raise
+        return None
+
+
+def seal_file(state: Path, task: bytes) -> Path:
+    """Return where the secret of an exchange lies in a state folder."""
+    return state / SEALS / f"{task.hex()}.key"
 
 
 class Seals:
@@ -55,11 +65,7 @@ class Seals:
 
     def path(self, task: bytes) -> Path:
         """Return where the secret of an exchange lies."""
-        return _path(self._state, task)
-
-
-def _path(state: Path, task: bytes) -> Path:
-    return state / SEALS / f"{task.hex()}.key"
+        return seal_file(self._state, task)
 
 
 def _destroy(path: Path) -> None:

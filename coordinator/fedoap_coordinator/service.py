@@ -4,7 +4,6 @@ The folder is locked before anything is read, the ZAP handler runs before the po
 is dialled with a stranger's key before anybody is told that it is ready.
 """
 
-import json
 import os
 import signal
 import time
@@ -21,9 +20,11 @@ from fedoap.errors import ConfigError, DiskError, FedoapError, StorageError
 from fedoap.heap import keep_freed_memory
 from fedoap.protocol.coordinator import Coordinator
 from fedoap.protocol.events import Note
+from fedoap_coordinator import rows
 from fedoap_coordinator.blobs import Blobs
 from fedoap_coordinator.console import open_console
 from fedoap_coordinator.daemon import Daemon
+from fedoap_coordinator.damage import told
 from fedoap_coordinator.descriptors import Doorkeeper, raise_limit
 from fedoap_coordinator.downloads import Downloads
 from fedoap_coordinator.enrolment import Enrolment
@@ -85,12 +86,15 @@ def check_plan(ledger: Ledger, config: FederationConfig) -> None:
 
     Raises:
         ConfigError: naming the first setting that differs.
+        StorageError: what the ledger holds is no plan.
     """
     begun = ledger.fact("plan") if ledger.tasks() else None
     if begun is None:
         ledger.set_fact("plan", config.plan.to_bytes())
         return
-    before, after = _flat(json.loads(begun)), _flat(json.loads(config.plan.to_bytes()))
+    with told(ledger.path):
+        before = _flat(rows.parsed(begun, "plan"))
+    after = _flat(config.plan.model_dump(mode="json"))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             key_in_file = {"rounds": "rounds.count"}.get(key, key)
@@ -111,29 +115,10 @@ def _daemon(
         stack.callback(store.blobs.close)
         merging = Merging(state, store, config.plan)
         stack.callback(merging.close)
-        machine = Coordinator(
-            config,
-            ledger.roster(),
-            store.history(),
-            signing_key=keys.signing.secret,
-            random_bytes=os.urandom,
-            software=SOFTWARE,
-            clock=time.time,
-        )
-        raise_limit(len(config.sites))
-        context = stack.enter_context(zmq.Context())
-        zap = Zap(context, Doors.of(ledger.roster(), ledger.invites()))
-        zap.start()
-        stack.callback(zap.stop)
-        port = Port(context, keys.curve, store.blobs.read)
-        stack.callback(port.close, GOODBYE_MILLISECONDS)
-        endpoint = port.bind(config.coordinator.bind, read_endpoint(state))
-        zap.prove(_reachable(endpoint), keys.curve.public)
-        write_endpoint(state, endpoint)
+        machine = _machine(config, keys, ledger, store)
+        zap, port, endpoint = stack.enter_context(_listening(config, keys, ledger, store))
         console = open_console(terminal, time.monotonic)
         stack.callback(console.close)
-        enrolment = Enrolment(config, ledger, keys)
-        downloads = Downloads(ledger, time.time)
         metrics = None
         if config.coordinator.metrics:
             metrics = MetricsServer(config.coordinator.metrics)
@@ -146,10 +131,10 @@ def _daemon(
             ledger,
             store,
             merging,
-            enrolment,
+            Enrolment(config, ledger, keys),
             console,
             journal,
-            downloads,
+            Downloads(ledger, time.time),
             state,
             metrics,
         )
@@ -157,6 +142,35 @@ def _daemon(
             daemon.note(Note("metrics", {"address": metrics.address}))
         daemon.note(Note("ready", {"endpoint": endpoint}))
         yield daemon
+
+
+def _machine(config: FederationConfig, keys: Keys, ledger: Ledger, store: Store) -> Coordinator:
+    return Coordinator(
+        config,
+        ledger.roster(),
+        store.history(),
+        signing_key=keys.signing.secret,
+        random_bytes=os.urandom,
+        software=SOFTWARE,
+        clock=time.time,
+    )
+
+
+@contextmanager
+def _listening(config: FederationConfig, keys: Keys, ledger: Ledger, store: Store) -> Iterator[tuple[Zap, Port, str]]:
+    """Bind the port behind a ZAP handler that is proved to be in force; yield both, and the real address."""
+    raise_limit(len(config.sites))
+    with ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        zap = Zap(context, Doors.of(ledger.roster(), ledger.invites()))
+        zap.start()
+        stack.callback(zap.stop)
+        port = Port(context, keys.curve, store.blobs.read)
+        stack.callback(port.close, GOODBYE_MILLISECONDS)
+        endpoint = port.bind(config.coordinator.bind, read_endpoint(config.coordinator.state))
+        zap.prove(_reachable(endpoint), keys.curve.public)
+        write_endpoint(config.coordinator.state, endpoint)
+        yield zap, port, endpoint
 
 
 @contextmanager

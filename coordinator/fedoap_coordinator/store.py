@@ -34,8 +34,9 @@ from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS, History, Record, Re
 from fedoap.seal import TAG_BYTES, Seal, sealed_at
 from fedoap.transfer import TAIL_BYTES
 from fedoap_coordinator.blobs import Blobs, Trouble
-from fedoap_coordinator.ledger import Ledger, PartRow, TaskRow
+from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.notary import Sign
+from fedoap_coordinator.rows import PartRow, TaskRow
 
 StoreEffect: TypeAlias = OpenPart | WritePart | SyncPart | FinishPart | DropPart | RecordOpened | RecordClosed
 
@@ -78,11 +79,11 @@ class Store:
         match effect:
             case OpenPart(part, size, 0):
                 self._forget(part)
-                return _failed(part, self.blobs.open_part(part, size))
+                return self._failed(part, self.blobs.open_part(part, size))
             case OpenPart(part, size):
-                return _failed(part, self.blobs.reopen_part(part, size))
+                return self._failed(part, self.blobs.reopen_part(part, size))
             case WritePart(part, at, data):
-                return _failed(part, self.blobs.write_part(part, at, data))
+                return self._failed(part, self.blobs.write_part(part, at, data))
             case SyncPart(part, at, upload, site, signature):
                 if self.blobs.sync_part(part):
                     self.ledger.record_part(part, site, upload, signature, at)
@@ -90,8 +91,7 @@ class Store:
             case FinishPart():
                 return self._finish(effect)
             case DropPart(part):
-                self._forget(part)
-                self.blobs.drop_part(part)
+                self._drop(part)
             case RecordOpened(task, _, packed, signature, secret):
                 self.blobs.seals.add(task, secret)
                 self.ledger.open_task(task, packed, signature, self._clock())
@@ -116,11 +116,21 @@ class Store:
     def _finish(self, effect: FinishPart) -> Stored | StoreFailed:
         assert effect.upload is not None, "a coordinator stores uploads only"
         trouble = self.blobs.finish_part(effect.part, effect.upload)
-        if trouble:
-            return StoreFailed(effect.part, *trouble)
+        if failed := self._failed(effect.part, trouble):
+            return failed
         self.ledger.add_update(effect.part, effect.site, effect.upload, effect.signature, self._clock())
         self._forget(effect.part)
         return Stored(effect.part)
+
+    def _failed(self, part: bytes, trouble: Trouble | None) -> StoreFailed | None:
+        if trouble is None:
+            return None
+        self._drop(part)
+        return StoreFailed(part, *trouble)
+
+    def _drop(self, part: bytes) -> None:
+        self._forget(part)
+        self.blobs.drop_part(part)
 
     def _forget(self, part: bytes) -> None:
         if part in self._recorded:
@@ -199,7 +209,3 @@ def _last(tasks: tuple[TaskRow, ...], kinds: frozenset[TaskKind], count: int) ->
 
 def _open(tasks: tuple[TaskRow, ...]) -> list[TaskRow]:
     return [row for row in tasks[-1:] if not row.outcome]
-
-
-def _failed(part: bytes, trouble: Trouble | None) -> StoreFailed | None:
-    return StoreFailed(part, *trouble) if trouble else None

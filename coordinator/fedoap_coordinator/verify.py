@@ -1,8 +1,8 @@
-"""Holds a state folder against itself: chain, ledger, manifests, blobs, and every result that can be made anew.
+"""Checks that all in a state folder fits together: chain, ledger, manifests, blobs, and results made anew.
 
-Nothing is written and no coordinator is needed or disturbed. What one at work deletes in the meantime is
-asked for again in the ledger before it counts as missing. A flipped bit is named where it lies; the only
-columns that nothing here depends on are the times of `published.made` and of keys, and who is invited.
+Nothing is written, and no coordinator is needed or disturbed: before a file counts as missing the ledger is
+asked again whether it is still kept, as a coordinator at work may have deleted it. A flipped bit is named where
+it lies; only the times in `published.made` and of keys, and who is invited, are not checked.
 """
 
 import hashlib

@@ -20,7 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from fedoap.errors import IdentityError
 from fedoap.identity import KeyPair, Roster, curve_keys
-from fedoap_coordinator.ledger import Invite
+from fedoap_coordinator.rows import Invite
 
 DOMAIN: Final = "fedoap"
 PROVE_MILLISECONDS = 5000

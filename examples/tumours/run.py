@@ -15,12 +15,13 @@ from fedoap.report.results import Results
 from fedoap.simulation.config import load_simulation
 from fedoap.simulation.layout import make_layout
 from fedoap.simulation.run import simulate
+from fedoap.study.tables import changed
 from fedoap.toml import to_toml
 
 HERE = Path(__file__).parent
 Table = dict[str, object]
-FEDAVG: Table = {"name": "fedavg", "personal": [], "proximal": 0.0}
-# Training alone needs no federation of its own: its steps are counted like FedOAP's, so it runs beside that.
+FEDAVG: Table = {"name": "fedavg", "personal": []}
+# Training alone needs no federation of its own: it takes as many steps as FedOAP, and runs beside it.
 VARIANTS: Mapping[str, Table] = {
     "fedoap": {"local_only": True},
     "fedavg": {
@@ -51,18 +52,10 @@ def main(*, data: Path, out: Path, seeds: tuple[int, ...], variants: tuple[str, 
 
 def _write_config(path: Path, data: Path, variant: str, seed: int, rounds: int | None) -> Path:
     text = (HERE / "tumours.toml").read_text(encoding="utf-8")
-    values = _merged(tomllib.loads(text.replace('"data/', f'"{data.absolute()}/')), VARIANTS[variant])
-    values = _merged(values, {"federation": {"seed": seed} | ({"rounds": {"count": rounds}} if rounds else {})})
+    values = changed(tomllib.loads(text.replace('"data/', f'"{data.absolute()}/')), VARIANTS[variant])
+    values = changed(values, {"federation": {"seed": seed} | ({"rounds": {"count": rounds}} if rounds else {})})
     path.write_text(to_toml(values), encoding="utf-8")
     return path
-
-
-def _merged(values: Table, changes: Table) -> Table:
-    merged = dict(values)
-    for key, change in changes.items():
-        value = merged.get(key)
-        merged[key] = _merged(value, change) if isinstance(value, dict) and isinstance(change, dict) else change
-    return merged
 
 
 def _table(results: Mapping[tuple[str, int], Results]) -> str:

@@ -94,6 +94,10 @@ class Attendance:
         """Note a sign of life."""
         self._heard[site] = self._last_heard[site] = now
 
+    def excuse(self, seconds: float) -> None:
+        """Count it against no site that it was not heard for so long: nobody was."""
+        self._heard = {site: at + seconds for site, at in self._heard.items()}
+
     def leave(self, site: str) -> None:
         """Forget a site's connections: it has to open again, and is not waited for."""
         for table in (self._joined, self._doors, self._heard):

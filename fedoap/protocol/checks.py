@@ -31,7 +31,7 @@ def read_offer(member: Member, message: Offer, body: bytes) -> UploadManifest:
     except TensorsError as error:
         raise RefusedError("malformed", str(error)) from None
     if manifest.site != member.name:
-        raise RefusedError("foreign", f"offer is made out for site {manifest.site}, but site {member.name} sent it")
+        raise RefusedError("foreign", f"offer is made out for another site than {member.name}, which sent it")
     return manifest
 
 

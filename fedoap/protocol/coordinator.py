@@ -66,7 +66,7 @@ Effects = list[CoordinatorEffect]
 
 
 class Coordinator:
-    """One federation, from the first hello to the last commit; `clock` gives Unix seconds, told and never used."""
+    """One federation, from the first hello to the last commit; `clock` gives Unix seconds, for sites to compare."""
 
     def __init__(
         self,
@@ -98,6 +98,10 @@ class Coordinator:
         if self._is_stopping or _changes_nothing(event):
             return effects
         return [*effects, *self._rounds.advance(now)]
+
+    def excuse(self, seconds: float) -> None:
+        """Count it against no site that the daemon listened to nobody for so long."""
+        self._rounds.excuse(seconds)
 
     def status(self) -> Status:
         """Return how the federation stands, as of the last event."""

@@ -72,9 +72,12 @@ class Exchange:
     merge_again_at: float | None = None
     merge_reason: str = ""
     cohort: frozenset[str] = field(init=False)
+    listened_from: float = field(init=False)
+    """From when on silence counts."""
 
     def __post_init__(self) -> None:
         self.cohort = frozenset(self.manifest.cohort)
+        self.listened_from = self.opened_at
 
     @property
     def step(self) -> Step:

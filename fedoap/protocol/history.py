@@ -2,7 +2,8 @@
 
 The coordinator's store writes three kinds of record, in this order for each exchange: `RecordOpened`,
 an `Update` for each upload that became durable, `RecordClosed`. At a start it adds an `Arriving` for each
-upload that is durable in part, and a `Revoked` for each site that lost its key in the open exchange.
+upload that is durable in part. A `Revoked` for each site that lost its key in the open exchange follows from
+the roster.
 `replay` makes a `History` of them, and a `Coordinator` that is given this history goes on exactly where
 the one before it ended.
 """

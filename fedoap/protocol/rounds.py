@@ -29,7 +29,7 @@ from fedoap.protocol.events import (
     Update,
 )
 from fedoap.protocol.exchange import Exchange, Tally
-from fedoap.protocol.history import History, OpenExchange, after
+from fedoap.protocol.history import History, OpenExchange, Revoked, after
 from fedoap.protocol.uploads import Upload, Uploads
 from fedoap.seal import KEY_BYTES, public_half
 
@@ -106,7 +106,7 @@ class Rounds:
     def is_silent(self, site: str) -> bool:
         """Return whether a site was not heard for too long; one of the cohort has time since the opening."""
         exchange = self.exchange
-        since = exchange.opened_at if exchange and site in exchange.cohort else -math.inf
+        since = exchange.listened_from if exchange and site in exchange.cohort else -math.inf
         return self.attendance.is_silent(site, since, self.now, self.config.rounds.silence_seconds)
 
     def start(self, now: float) -> Effects:
@@ -123,11 +123,12 @@ class Rounds:
         return [*effects, *self.change_roster(self.roster)]
 
     def change_roster(self, roster: Roster) -> Effects:
-        """Go by this roster from now on: a site that is not on it any more is not waited for."""
+        """Go by this roster from now on: a site that is not on it any more sits the open exchange out."""
         self._use(roster)
         effects: Effects = []
         for site in self.exchange.manifest.cohort if self.exchange else ():
             if site not in self.active:
+                self.history = after(self.history, Revoked(site))
                 effects += self._give_up(site, KEY_REVOKED)
         return effects
 
@@ -145,7 +146,7 @@ class Rounds:
         return opened if opened and exchange and exchange.awaits(site, opened) else None
 
     def require(self, task: bytes, site: str) -> OpenExchange:
-        """Return the open exchange, if this is its task and the site is of its cohort.
+        """Return the open exchange, if this is its task and the site takes part in it.
 
         Raises:
             RefusedError: the task is over, was never announced, or is not this site's.
@@ -154,6 +155,8 @@ class Rounds:
         if opened is not None and self.exchange is not None and opened.task == task:
             if site not in self.exchange.cohort:
                 raise RefusedError("foreign", f"site {site} is not of this task's cohort")
+            if site in opened.revoked:
+                raise RefusedError("foreign", f"site {site} sits this task out: its key was revoked after it began")
             if self.exchange.merging is not None:
                 raise RefusedError("late", f"{self.exchange.step} is closed")
             return opened
@@ -212,6 +215,12 @@ class Rounds:
             return self._close("abandoned", None, f"merging failed: {event.reason}")
         exchange.merge_again_at = self.now + FIRST_MERGE_PAUSE_SECONDS * 2 ** (exchange.merge_failures - 1)
         return [Note("merge_failed", {"reason": event.reason, "failures": exchange.merge_failures})]
+
+    def excuse(self, seconds: float) -> None:
+        """Count it against no site that nobody was listened to for so long."""
+        self.attendance.excuse(seconds)
+        if self.exchange is not None:
+            self.exchange.listened_from += seconds
 
     def note_silence(self) -> Effects:
         """Return a note for each site that has fallen silent since this was asked last."""

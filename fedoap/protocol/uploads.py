@@ -1,9 +1,9 @@
 """The uploads under way at the coordinator: who holds credit, what each has sent, what to answer.
 
-At most `at_once` uploads hold credit, of one window each and 32 chunks at the most, so what can be on its
-way to the coordinator is bounded whatever the number of sites. One upload a site is known at a time. It
-survives a broken connection: offered again, it goes on at the byte expected next. It survives a restart
-as well, which goes on where the upload was last made durable.
+At most `at_once` uploads hold credit, each for one window of at most 32 chunks, so what can be on its way to
+the coordinator is bounded whatever the number of sites. A site has one upload at a time. It survives a
+broken connection: offered again, it goes on at the byte expected next. It survives a restart, too, and goes
+on where it was last made durable.
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ class Upload:
     state: Literal["waiting", "receiving", "finishing"] = "waiting"
     is_open: bool = False
     durable: int = 0
-    """As far as a restart would go on from."""
+    """The byte at which it would go on after a restart."""
     asked_at: int = field(default=-1)
-    """Where the last gap was answered, so that the rest of its window is not answered again."""
+    """The byte last asked for because of a gap: the rest of that window is not answered again."""
 
 
 class Uploads:

@@ -1,4 +1,4 @@
-"""Curves and bars as SVG that takes its text colour from the page, so that it suits light and dark."""
+"""Curves and bars as SVG that takes its text colour from the page, so that it suits light and dark pages."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def curves(series: Series, label: str, *, top: float | None = None) -> str:
-    """Return a line over the rounds for each name; `top` is where the axis ends."""
+    """Return a line over the rounds for each name; `top` is the upper end of the axis."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(label)
         for (name, points), colour in zip(series.items(), colours(len(series)), strict=True):
@@ -45,7 +45,7 @@ def curves(series: Series, label: str, *, top: float | None = None) -> str:
 
 
 def bars(series: Series, label: str) -> str:
-    """Return bars over the rounds, the names stacked on each other."""
+    """Return bars over the rounds, the names stacked."""
     with mpl.rc_context(STYLE):
         figure, axes = _figure(label)
         base: dict[float, float] = {}
@@ -81,5 +81,5 @@ def svg(figure: Figure) -> str:
 
 
 def colours(count: int) -> list[str]:
-    """Return a colour for each of so many lines; after the eighth they come again."""
+    """Return a colour for each of so many lines; after the eighth the colours repeat."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]

@@ -15,7 +15,7 @@ from fedoap.toml import to_toml
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One case's PNG, ready to stand in a page, and what is said below it."""
+    """One case's PNG, ready to be embedded in a page, and its caption."""
 
     source: str
     caption: str
@@ -30,7 +30,7 @@ class Chart:
 
 
 def write_report(results_json: Path, page: Path) -> None:
-    """Leave the page of some results; pictures are taken from `evaluation/` beside them, if there is one.
+    """Write the page of some results; pictures are taken from `evaluation/` beside them, if there is one.
 
     Raises:
         ConfigError: there are no results, or they have another form.
@@ -51,7 +51,7 @@ def write_report(results_json: Path, page: Path) -> None:
 
 
 def templates() -> jinja2.Environment:
-    """Return the templates of all pages; what HTML is given is escaped, and Markdown has a filter for it."""
+    """Return the templates of all pages; HTML escapes its values, Markdown has the filter `plain` for that."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fedoap.report"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
@@ -63,7 +63,7 @@ def templates() -> jinja2.Environment:
 
 
 def inline(path: Path) -> str:
-    """Return a PNG as an address that holds it."""
+    """Return a PNG as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -126,7 +126,7 @@ def _gallery(folder: Path, site: str) -> list[Picture]:
 
 
 def _plain(text: str) -> str:
-    r"""Return text that Markdown takes as it is, in a table too.
+    r"""Return text that Markdown shows as it is, also in a table.
 
     >>> print(_plain("a|b <script>"))
     a\|b \<script>

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 SIDE = 288
-"""Pixels of a picture's longer side."""
+"""Pixels of a picture's longer side, at most, unless the image has more."""
 REFERENCE = (34, 197, 94)
 PREDICTION = (249, 115, 22)
 
@@ -25,10 +25,10 @@ def spread(scores: Sequence[float], count: int) -> list[int]:
 
 
 def write_picture(path: Path, image: NDArray[np.floating], masks: Sequence[NDArray[np.bool_]]) -> None:
-    """Leave a PNG of an image with values in any range, reference and prediction outlined.
+    """Write a PNG of an image with values in any range, reference and prediction outlined.
 
-    Shapes: image (C, *S), masks (*S), S two or three spatial dimensions. Of a volume, the slice with
-    most of the reference in it is shown.
+    Shapes: image (C, *S), masks (*S), S two or three spatial dimensions. Of a volume the slice with most of
+    the reference is shown.
     """
     plane, outlines = _plane(image[0], masks)
     scale = max(1, SIDE // max(plane.shape))

@@ -14,7 +14,7 @@ from fedoap.fields import Frozen
 
 
 class Share(Frozen):
-    """What one site gave to one exchange."""
+    """What one site contributed to one exchange."""
 
     cases: int = 0
     bytes: int = 0
@@ -101,16 +101,16 @@ class Results(Frozen):
     unseen: dict[str, UnseenResult]
     exchanges: tuple[Exchange, ...]
     plan: Plan | None = None
-    """Not known where the results are the coordinator's alone."""
+    """Unknown if the results are those of the coordinator alone."""
 
     @property
     def dice(self) -> float | None:
-        """Mean over the sites, where all have one."""
+        """Mean over the sites, if all have one."""
         return _mean([site.dice for site in self.sites.values()])
 
     @property
     def dice_local(self) -> float | None:
-        """Mean over the sites, each trained alone, where that was done."""
+        """Mean over the sites, each trained alone, if that was done."""
         return _mean([site.dice_local for site in self.sites.values()])
 
 

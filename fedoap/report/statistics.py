@@ -1,7 +1,7 @@
-"""What a study's page says of means and differences: intervals, paired tests, correction for many of them.
+"""What a study's page says about means and differences: intervals, paired tests, correction for multiple tests.
 
-A value stands for a run (a fold or a seed) or for a patient, never for an image: a patient's images resemble each
-other, so they count once (Altman & Bland 1997, "Units of analysis", BMJ 314:1874). Groups are sites.
+A value stands for a run (a fold or a seed) or for a patient, never for an image: the images of a patient resemble
+each other, so they count once (Altman & Bland 1997, "Units of analysis", BMJ 314:1874). Groups are sites.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -25,7 +25,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its 95 % interval, which is unknown where there are too few values for one."""
+    """A mean and its 95 % interval, which is unknown if there are too few values for one."""
 
     mean: float
     low: float | None
@@ -40,14 +40,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How far one variant stands from another over the same patients."""
+    """How far one variant is from another over the same patients."""
 
     effect: Estimate
     """Mean difference, the other subtracted."""
     p: float | None
-    """Of the two-sided signed-rank test; None where there is nothing to test."""
+    """Of the two-sided signed-rank test; None if there is nothing to test."""
     correlation: float
-    """The rank-biserial one: on which side most of the ranks lie."""
+    """The rank-biserial one: its sign tells on which side most of the ranks are."""
     sign: int
     """1 where more is better, -1 where less is."""
     adjusted: float | None = None
@@ -55,7 +55,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Significant only if mean and ranks agree on the side: of a skewed difference either alone may mislead."""
+        """Significant only if mean and ranks agree on the side: of skewed differences either alone may mislead."""
         if self.adjusted is None:
             return "untested"
         if self.adjusted >= ALPHA or self.effect.mean * self.correlation <= 0:
@@ -64,7 +64,7 @@ class Comparison:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate | None:
-    """Return the mean with Student's t-interval; None of nothing, no interval of one value.
+    """Return the mean with Student's t-interval: None without values, no interval of a single value.
 
     >>> mean_interval([1.0, 2.0, 3.0])  # 2 +- 4.303 / sqrt(3)
     Estimate(mean=2.0, low=-0.484..., high=4.484..., count=3)
@@ -95,14 +95,15 @@ def stratified_interval(groups: Sequence[Sequence[float]]) -> Estimate | None:
 
 
 def signed_rank(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Return the rank-biserial correlation and the two-sided p of the Wilcoxon signed-rank test; no p of nothing.
+    """Return the rank-biserial correlation and the two-sided p of the Wilcoxon signed-rank test, None without values.
 
     The correlation is the sum of signed ranks over the sum of ranks, from -1 to 1. Zeros are ranked and then left
-    out (Pratt 1959, JASA 54:655); if all are zero, p is 1. Of several groups, each ranked by itself, the mean
-    correlation is tested, each group weighing the same: under the null hypothesis the signs are independent
-    (Wilcoxon 1945, Biometrics Bulletin 1:80; strata as van Elteren 1960 has them for two samples, Bull. Int. Stat.
-    Inst. 37:351, there with other weights). Up to twelve pairs every arrangement of signs is counted; above that a
-    normal approximation serves.
+    out (Pratt 1959, JASA 54:655); if all are zero, p is 1. Several groups are ranked separately, and the mean of
+    their correlations is tested, each group with the same weight: under the null hypothesis the signs are independent
+    (Wilcoxon 1945, Biometrics Bulletin 1:80; strata as in van Elteren 1960 for two samples, Bull. Int. Stat. Inst.
+    37:351, there with other weights). For one group SciPy decides between the exact distribution and a normal
+    approximation with continuity correction. Of several groups with up to twelve pairs in all, every arrangement of
+    signs is counted; above that the normal approximation serves, uncorrected.
 
     >>> signed_rank([[1, 2, 3, 4]])  # one arrangement of signs in 16 is as far to either side
     (1.0, 0.125)
@@ -125,9 +126,9 @@ def signed_rank(groups: Sequence[Sequence[float]]) -> tuple[float, float | None]
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Return each p as it stands after Holm's step-down correction (1979, Scand. J. Stat. 6:65).
+    """Return each p after Holm's step-down correction (1979, Scand. J. Stat. 6:65).
 
-    What was not tested is no part of the family.
+    Hypotheses without a p are not part of the family.
 
     >>> holm([0.01, None, 0.04, 0.03])
     [0.03, None, 0.06, 0.06]
@@ -142,7 +143,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def compare(groups: Sequence[Sequence[float]], sign: int) -> Comparison | None:
-    """Return the effect and the test of the patients' differences, a group a site; None if a site has no pair.
+    """Return the effect and the test of the patients' differences, one group per site; None if a site has no pair.
 
     Both give each site the same weight.
     """
@@ -161,10 +162,10 @@ def correct(family: Mapping[Key, Comparison | None]) -> dict[Key, Comparison]:
 
 
 def share(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Estimate | None:
-    """Return the ratio of two mean gains over the same patients, a group a site: of a part to a whole.
+    """Return the ratio of two mean gains over the same patients, a part to a whole; one group per site.
 
-    The interval is the percentile bootstrap's over patients, drawn anew within each site (Efron & Tibshirani 1993,
-    "An introduction to the bootstrap", chapters 8 and 13). None if a site has no patient or the whole is zero.
+    The interval is that of the percentile bootstrap over patients, resampled within each site (Efron & Tibshirani
+    1993, "An introduction to the bootstrap", chapters 8 and 13). None if a site has no patient or the whole is zero.
     """
     if not groups or not all(len(part) for part, _ in groups):
         return None
@@ -196,10 +197,10 @@ def share(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Estimate
 
 
 def _rounded(differences: Sequence[float]) -> NDArray[np.float64]:
-    """Return the differences without what is rounding alone, so that equal ones share a rank."""
+    """Return the differences without rounding errors, so that equal ones share a rank."""
     return np.round(np.asarray(differences, float), 12)
 
 
 def _sum(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Return sums that are equal where they differ by rounding alone, so that as far counts as far."""
+    """Return the sums without rounding errors, so that equally extreme ones count as equal."""
     return np.asarray(np.round(values.sum(axis=axis), 12))

@@ -32,7 +32,7 @@ from fedoap.report.study_tables import MEAN, columns, score_tables
 
 CASES = "cases.csv"
 GREY = "#7d8590"
-"""Reads on white and on black: a picture in a Markdown page knows nothing of the text around it."""
+"""Legible on white and on black: a picture in a Markdown page does not know the colour of the text around it."""
 
 
 def is_study(folder: Path) -> bool:
@@ -41,7 +41,7 @@ def is_study(folder: Path) -> bool:
 
 
 def write_study_report(folder: Path, page: Path) -> None:
-    """Leave the page of what is done of a study; pictures are taken from its runs, if they hold some.
+    """Write the page of a study as far as it is done; pictures are taken from its runs, if they hold any.
 
     Raises:
         ConfigError: nothing is done yet, or a table has another form.
@@ -64,7 +64,7 @@ def write_study_report(folder: Path, page: Path) -> None:
 
 
 def write_study_markdown(folder: Path, target: Path) -> Path:
-    """Leave NAME.md, and its figures in NAME/, in another folder; no picture of a case is among them.
+    """Write NAME.md, and its figures in NAME/, to another folder; no picture of a case is among them.
 
     Raises:
         ConfigError: nothing is done yet, or a table has another form.
@@ -87,7 +87,7 @@ def write_study_markdown(folder: Path, target: Path) -> Path:
 
 
 def sections(study: Study) -> list[Section]:
-    """Return the page, from what was compared to how the figures are made."""
+    """Return the page's sections, from what was compared to how the figures are made."""
     look = looks(study.roles.everyone)
     found: Iterable[Section | None] = (
         scores_section(study),

@@ -1,4 +1,4 @@
-"""What a study was: its data, runs that are missing, course, cost, the search for settings, how figures are made."""
+"""What a study was: its data, missing runs, course, cost, search for settings, and how the figures are made."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ def facts(study: Study) -> list[str]:
     tables, runs = study.tables, study.runs
     folds, seeds = sorted({run.fold for run in runs}), sorted({run.seed for run in runs})
     split = (
-        f"Cross-validation by patient, {len(folds)} folds ({_listed(folds)}): each patient is tested in one of them."
+        f"Cross-validation by patient, {len(folds)} folds ({_listed(folds)}): no patient is tested in two of them."
         if study.is_cross_validation
         else "One split: every run is tested on the same cases."
     )
@@ -50,7 +50,7 @@ def facts(study: Study) -> list[str]:
 
 
 def completeness(study: Study) -> list[str]:
-    """Return how much of the grid is done, and what of it is missing, by variant."""
+    """Return how much of the grid is done, and what is missing, by variant."""
     runs, variants = study.runs, study.roles.everyone
     done = {name: study.done(name) for name in variants}
     total = len(runs) * len(variants)
@@ -69,7 +69,7 @@ def completeness(study: Study) -> list[str]:
 
 
 def data_section(study: Study) -> Section:
-    """Return what each site had, and was tested on."""
+    """Return what each site trained and was tested on."""
     rows = []
     for split, note in (("test", ""), ("unseen", " (unseen)")):
         found: dict[str, list[CaseRow]] = defaultdict(list)
@@ -114,7 +114,12 @@ def tuning_section(study: Study) -> Section | None:
         else f"Variants had {min(counts)} to {max(counts)} trials, so not all had the same budget"
     )
     where = ", ".join(f"fold {fold} seed {seed}" for fold, seed in sorted(runs))
-    text = [f"{budget}, judged on validation cases alone: mean Dice over sites ({where}). Test cases played no part."]
+    unused = (
+        "The test cases of this fold played no part; those of other folds trained and validated in these trials."
+        if study.is_cross_validation
+        else "Test cases played no part."
+    )
+    text = [f"{budget}, judged on validation cases alone: mean Dice over sites ({where}). {unused}"]
     chosen = [_chosen(name, found) for name, found in sorted(trials.items())]
     every = [
         row(name, str(trial), each[0].settings, _validation_mean(each), "yes" if each[0].chosen else "")
@@ -131,7 +136,7 @@ def tuning_section(study: Study) -> Section | None:
 
 
 def stages_section(study: Study) -> Section | None:
-    """Return the scores before calibration and of the shared path beside the final ones."""
+    """Return the scores before calibration and of the shared path next to the final ones."""
     titles = {"before calibration": "before", "final": "final", "shared path": "shared"}
     stages: dict[str, Scores] = {title: study.stage(stage) for title, stage in titles.items()}
     known = {title: scores for title, scores in stages.items() if scores.variants}

@@ -18,7 +18,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one variant is drawn, in all figures alike."""
+    """How one variant is drawn, the same in all figures."""
 
     colour: str
     line: str
@@ -26,7 +26,7 @@ class Look:
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """Return a look for each name; colours and markers come again at different times, so that no two are alike."""
+    """Return a look for each name; colours and markers repeat with different periods, so that no two are alike."""
     known = list(names)
     return {
         name: Look(colour, LINES[place // len(COLOURS) % len(LINES)], MARKERS[place % len(MARKERS)])
@@ -51,7 +51,7 @@ def dots(
 
 
 def forest(rows: Mapping[str, Estimate], label: str) -> str:
-    """Return a dot and interval a row, beside a line at no difference; the first row on top."""
+    """Return a dot and an interval per row, with a line at no difference; the first row is on top."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.5, 0.9 + 0.24 * len(rows)), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What a study's page consists of, before it is HTML or Markdown."""
+"""The content of a study's page, before it becomes HTML or Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,18 +23,18 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows below a head; the first cell of each is its name."""
+    """Rows below a head; the first cell of a row is its name."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     notes: Sequence[str] = ()
-    """Sentences that stand below it."""
+    """Sentences below it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One SVG: its name as a file, and what is said below it."""
+    """One SVG: its file's name without ending, and its caption."""
 
     name: str
     title: str
@@ -43,13 +43,13 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and what follows it."""
 
     title: str
     text: Sequence[str] = ()
     tables: Sequence[Table] = ()
     more: Sequence[Table] = ()
-    """Tables that HTML folds away."""
+    """Tables that are collapsed in HTML."""
     more_title: str = ""
     drawings: Sequence[Drawing] = ()
 
@@ -72,7 +72,7 @@ def score(estimate: Estimate | None, digits: int = 3) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """Return a number with its sign, which zero has not.
+    """Return a number with its sign; zero has none.
 
     >>> signed(-0.0001), signed(0.25, 2)
     ('0.000', '+0.25')

@@ -126,7 +126,6 @@ def unseen_section(study: Study) -> Section | None:
     stages = {
         "zero-shot": study.stage("zero_shot", "unseen"),
         "after 2 epochs": study.stage("tuned", "unseen"),
-        "finished": study.stage("final", "unseen"),
     }
     known = {title: scores for title, scores in stages.items() if scores.sites}
     if not known:
@@ -135,14 +134,12 @@ def unseen_section(study: Study) -> Section | None:
     for title, scores in known.items():
         shown = [name for name in study.roles.everyone if name in scores.variants]
         best = scores.best(name for name in study.roles.baselines if name in scores.variants)
-        for site in scores.sites:
-            table = _unseen_table(scores, shown, site, f"{site}, {title}")
-            tables.append(table)
+        tables += [_unseen_table(scores, shown, site, f"{site}, {title}") for site in scores.sites]
         if best:
             more.append(_renamed(difference_table(scores, study.roles.rivals, best, DICE), title))
     text = [
         "These sites took no part in training. Zero-shot is the shared model as it is; “after 2 epochs” it was trained "
-        "for two epochs on the site's own training cases.",
+        "for two epochs on the site's own training cases. local starts these epochs from the initial weights.",
     ]
     return Section("Unseen sites", text, tables, more, "Differences to the best federated baseline")
 

@@ -1,5 +1,6 @@
-"""The best, the median and the worst case of each site, where a study's runs left pictures."""
+"""The best, the median and the worst case of each site, if a study's runs left pictures."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,13 +12,15 @@ SHOWN = ("worst", "median", "best")
 
 
 def galleries(runs: Path, variant: str) -> dict[str, list[Picture]]:
-    """Return three pictures of each site, of all the runs of a variant, from what `fedoap evaluate` leaves.
+    """Return three pictures of each site from a variant's runs with all cases, as `fedoap evaluate` writes them.
 
-    A run's folder has them as evaluation/SITE.json and evaluation/SITE/NN.png, NN the place of the case. Captions
+    They are evaluation/SITE.json and evaluation/SITE/NN.png of a run's folder, NN the index of the case. Captions
     name no case.
     """
     found: dict[str, list[tuple[float, Path]]] = defaultdict(list)
     for figures in sorted(runs.glob(f"{variant}-f*-s*/evaluation/*.json")):
+        if not re.fullmatch(rf"{re.escape(variant)}-f\d+-s\d+", figures.parts[-3]):
+            continue
         cases = EvaluationFile.model_validate_json(figures.read_bytes()).cases
         for picture in sorted(figures.with_suffix("").glob("*.png")):
             found[figures.stem].append((cases[int(picture.stem)].dice, picture))

@@ -1,4 +1,4 @@
-"""A study's CSV files, read into checked rows; a page of a study knows nothing else."""
+"""A study's CSV files, read into checked rows; the page of a study is made from nothing else."""
 
 import csv
 import math
@@ -15,7 +15,7 @@ RowT = TypeVar("RowT")
 
 
 def _known(value: object) -> object:
-    """Return None for what is empty, not a number or infinite: a measure that is undefined."""
+    """Return None for a measure that is undefined: empty, not a number or infinite."""
     if not isinstance(value, str):
         return value
     try:
@@ -114,7 +114,7 @@ class TuningRow:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """All that a study's folder says in figures."""
+    """All figures of a study's folder."""
 
     study: str
     cases: Sequence[CaseRow]

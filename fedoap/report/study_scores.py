@@ -1,4 +1,4 @@
-"""Who plays which part in a study, and each variant's scores by run and by patient."""
+"""The roles of a study's variants, and their scores by run and by patient."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -29,13 +29,13 @@ class Metric:
 
 DICE = Metric("dice", "Dice", 1, 3)
 HD95 = Metric("hd95_mm", "HD95 (mm, or pixels)", -1, 2)
-"""In pixels where images tell no spacing."""
+"""In pixels if the images have no spacing."""
 METRICS = (DICE, Metric("iou", "IoU", 1, 3), HD95, Metric("nsd", "NSD", 1, 3))
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """The variants by what they stand for; their names decide."""
+    """The variants by their roles, which their names decide."""
 
     main: str | None
     local: str | None
@@ -54,19 +54,19 @@ class Roles:
 
     @property
     def rivals(self) -> tuple[str, ...]:
-        """Those of them that can win: the bound is none."""
+        """Those that can win: all but the bound."""
         return tuple(name for name in self.compared if name not in self.pooled)
 
     @property
     def everyone(self) -> tuple[str, ...]:
-        """Every variant, the ablations beside the main one."""
+        """Every variant, the ablations after the main one."""
         names = self.compared
         place = len(names) - len(self.pooled)
         return names[:place] + self.ablations + names[place:]
 
 
 def assign_roles(variants: Iterable[str]) -> Roles:
-    """Return who plays which part.
+    """Return the roles of the variants, by name.
 
     >>> assign_roles(["fedavg", "fedoap", "fedoap-no-bank", "local", "pooled"]).baselines
     ('fedavg',)
@@ -91,7 +91,7 @@ Place = tuple[Run, int]
 
 
 class Scores:
-    """The cases of one split and stage, ready to be asked for means and differences."""
+    """The cases of one split and stage, and their means and differences."""
 
     def __init__(self, cases: Iterable[CaseRow]) -> None:
         found: dict[tuple[str, str], dict[Place, CaseRow]] = defaultdict(dict)
@@ -106,7 +106,7 @@ class Scores:
         return self._rows.get((variant, site), {})
 
     def runs(self, variant: str, site: str | None = None) -> frozenset[Run]:
-        """Return which runs of a variant there are at a site, or at every site."""
+        """Return the runs that a variant has at a site, or at all sites."""
         sites = [site] if site else self.sites
         runs = [frozenset(run for run, _ in self.rows(variant, name)) for name in sites]
         return frozenset.intersection(*runs) if runs else frozenset()
@@ -120,7 +120,7 @@ class Scores:
         return {run: float(np.mean(each)) for run, each in values.items()}
 
     def over_runs(self, variant: str, site: str | None, metric: Metric) -> Estimate | None:
-        """Return the mean over runs at a site, or of the mean over sites in each run that has them all."""
+        """Return the mean over runs at a site, or of the mean over sites in each run that has all of them."""
         by_site = [self.by_run(variant, name, metric) for name in ([site] if site else self.sites)]
         runs = [run for run in sorted(by_site[0]) if all(run in each for each in by_site)] if by_site else []
         return mean_interval([float(np.mean([each[run] for each in by_site])) for run in runs])
@@ -141,25 +141,25 @@ class Scores:
         return {patient: float(np.mean(each)) for patient, each in sorted(gathered.items())}
 
     def compare(self, variant: str, other: str, site: str | None, metric: Metric) -> Comparison | None:
-        """Return how far a variant stands from another, over patients, at a site or over all."""
+        """Return how far a variant is from another, over patients, at a site or over all sites."""
         sites = [site] if site else self.sites
         groups = [list(self.differences(variant, other, name, metric).values()) for name in sites]
         return compare(groups, metric.sign)
 
     def complete(self, variants: Iterable[str]) -> tuple[str, ...]:
-        """Return those that have as many runs at all sites as any: what an incomplete one shows is of other cases."""
+        """Return the variants with most runs at all sites: the figures of the others are of fewer cases."""
         counts = {name: len(self.runs(name)) for name in variants}
         most = max(counts.values(), default=0)
         return tuple(name for name, count in counts.items() if count == most and most)
 
     def best(self, variants: Iterable[str], metric: Metric = DICE) -> str | None:
-        """Return the one with the best mean over sites and runs; None of nothing."""
+        """Return the variant with the best mean over sites and runs, None if there is none."""
         means = {name: self.over_runs(name, None, metric) for name in self.complete(variants)}
         ranked = [(each.mean * metric.sign, name) for name, each in means.items() if each]
         return max(ranked)[1] if ranked else None
 
     def undefined(self, metric: Metric) -> tuple[int, int]:
-        """Return how many values there are not, and how many cases."""
+        """Return the number of undefined values and of cases."""
         rows = [row for each in self._rows.values() for row in each.values()]
         return sum(_measure(row, metric) is None for row in rows), len(rows)
 
@@ -172,13 +172,13 @@ class Scores:
 
 
 class Study:
-    """A study's tables, and what the page asks of them again and again."""
+    """A study's tables, and what several parts of the page derive from them."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.most = _most_training_cases(tables.cases)
         self.cut = _cut_variants(tables.cases, self.most)
-        """Variants that were trained on fewer cases at some site: no rows of the tables, but points of a curve."""
+        """Variants that were trained on fewer cases at some site: points of a curve, not rows of the tables."""
         self.roles = assign_roles({row.variant for row in tables.cases} - self.cut)
 
     @cached_property

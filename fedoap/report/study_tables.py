@@ -1,68 +1,67 @@
-"""Tables of scores and of paired differences, and which row of a table is the best."""
+"""Tables of scores and of paired differences, and the marks of the best rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from fedoap.report.statistics import Comparison, correct
+from fedoap.report.statistics import Comparison, Estimate, correct
 from fedoap.report.study_content import Cell, Mark, Table, difference, plural, score
 from fedoap.report.study_scores import METRICS, Metric, Scores
 
 MEAN = "mean over sites"
 Family = dict[tuple[str, str | None], Comparison]
 """Comparisons by variant and site; None is the mean over sites."""
+Marks = Mapping[tuple[str, str | None], Mark]
+"""Marks by variant and site."""
+Mean = Callable[[str, str | None, Metric], Estimate | None]
+"""Gives a variant's mean at a site, or over all."""
 
 
 def columns(scores: Scores) -> tuple[str | None, ...]:
-    """Return None for the mean over sites where there are several, and the sites."""
+    """Return the sites, after None for the mean over sites if there are several."""
     return (None, *scores.sites) if len(scores.sites) > 1 else scores.sites
 
 
 def head(scores: Scores, first: str = "variant") -> list[str]:
-    """Return what stands over the columns."""
+    """Return the titles of the columns."""
     return [first, *(site or MEAN for site in columns(scores))]
 
 
 def score_tables(scores: Scores, variants: Sequence[str], rivals: Sequence[str], metric: Metric) -> list[Table]:
-    """Return one metric's means over runs, and over patients; nothing where no case has it.
+    """Return one metric's means over runs and over patients; no table if no case has it.
 
-    Of the rivals, the best is marked, but only where it can be told.
+    Among the rivals the best is marked, if it can be told.
     """
     missing, cases = scores.undefined(metric)
     if missing == cases:
         return []
     shown = [name for name in variants if name in scores.variants]
-    marks = best_marks(scores, rivals, metric)
     most = max((len(scores.runs(name)) for name in shown), default=0)
     names = {name: _with_runs(scores, name, most) for name in shown}
-    over_runs = [
-        [
-            Cell(names[name]),
-            *(
-                Cell(score(scores.over_runs(name, site, metric), metric.digits), mark=marks.get((name, site), ""))
-                for site in columns(scores)
-            ),
-        ]
-        for name in shown
-    ]
-    over_patients = [
-        [
-            Cell(names[name]),
-            *(Cell(score(scores.over_patients(name, site, metric), metric.digits)) for site in columns(scores)),
-        ]
-        for name in shown
-    ]
     better = "higher is better" if metric.sign > 0 else "lower is better"
-    notes = [_about_runs(most), *_about_undefined(scores, metric)]
+
+    def table(over: str, mean: Mean, marks: Marks, notes: Sequence[str] = ()) -> Table:
+        def cell(name: str, site: str | None) -> Cell:
+            return Cell(score(mean(name, site, metric), metric.digits), mark=marks.get((name, site), ""))
+
+        rows = [[Cell(names[name]), *(cell(name, site) for site in columns(scores))] for name in shown]
+        return Table(f"{metric.label} ({better}), mean over {over}", head(scores), rows, notes)
+
     return [
-        Table(f"{metric.label} ({better}), mean over runs", head(scores), over_runs, notes),
-        Table(f"{metric.label} ({better}), mean over patients", head(scores), over_patients),
+        table(
+            "runs",
+            scores.over_runs,
+            best_marks(scores, rivals, metric),
+            [_about_runs(most), *_about_undefined(scores, metric)],
+        ),
+        table("patients", scores.over_patients, {}),
     ]
 
 
-def best_marks(scores: Scores, variants: Sequence[str], metric: Metric) -> dict[tuple[str, str | None], Mark]:
-    """Return "best" where one differs significantly from every other, else "tied" for all that do not from the best.
+def best_marks(scores: Scores, variants: Sequence[str], metric: Metric) -> Marks:
+    """Return "best" for the leader of a column that is significantly better than all others, else "tied".
 
-    Who leads is told by the mean over runs; only variants with all runs take part. Each leader is compared with
-    every other variant, and p is corrected for all comparisons of the table.
+    Tied are the leader and those that it is not significantly better than. The mean over runs decides who leads; only
+    variants with all runs take part. Each leader is compared with every other variant, and p is corrected for all
+    comparisons of the table.
     """
     candidates = scores.complete(name for name in variants if name in scores.variants)
     leaders: dict[str | None, str] = {}

@@ -1,8 +1,8 @@
 """Four organs as their scanners show them, drawn from random numbers.
 
-Each function draws a patient without lesions from the patient's own random numbers: the grey image,
-the region that lesions may lie in, and things that are as bright as a lesion but are none. What
-comes after, lesions, noise and a scanner's shading, is drawn for each image anew. Grey is 0 to 1.
+Each function draws a patient without lesions from the patient's own random numbers: the grey image, the
+region that lesions may lie in, and structures that are as bright as a lesion. What follows, lesions, noise
+and a scanner's shading, is drawn for every image anew. Grey is 0 to 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ class Anatomy:
 
     image: Floats
     tissue: Floats
-    """Level of what lesions grow in: they keep where it is below 1."""
+    """Level of the tissue that lesions grow in: they stay where it is below 1."""
     grey: float
     """Of that tissue."""
 

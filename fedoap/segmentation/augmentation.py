@@ -1,9 +1,9 @@
 """Random changes of a training batch: one resampling for all of its geometry, then its grey values.
 
-A batch is changed as a whole in torch, on whatever device it lies; each item draws from its own
-stream of (seed, step, index), so a batch split over processes changes as it would in one. MONAI's
-random transforms draw from one generator after the other and go image by image, which is why they
-are not used here. B stands for the batch, C for channels, S for the spatial axes, d for their number.
+A batch is changed as a whole in torch, on the device where it lies. Each item draws from its own stream of
+(seed, step, item), so a batch that is split over processes changes as it would in one. MONAI's random
+transforms draw from one sequential generator and work image by image, which is why they are not used here.
+B stands for the batch, C for channels, S for the spatial axes, d for their number.
 """
 
 import itertools
@@ -26,7 +26,7 @@ BLUR_RADIUS = 2
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """How far each change goes at most; the draws are symmetric about no change."""
+    """The largest change of each kind; the draws are symmetric about no change."""
 
     flips: tuple[tuple[int, ...], tuple[int, ...]]
     """Axes to mirror, in 2-D (rows, columns) and 3-D (right, anterior, superior)."""
@@ -60,7 +60,7 @@ STRENGTHS: dict[Modality, Strength] = {
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one item of the batch gets."""
+    """The changes of one item of the batch."""
 
     matrix: NDArray[np.float64]
     """d x (d + 1), from the output's normalised coordinates to the input's, last axis first"""
@@ -78,7 +78,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the patches to return lie in images that hold more."""
+    """Where the patches to return lie in larger images."""
 
     size: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
@@ -95,10 +95,10 @@ def augmented(
     items: Sequence[int],
     places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return images (B, C, *S) and masks (B, 1, *S) changed at random, but by (seed, step, item) alone.
+    """Return images (B, C, *S) and masks (B, 1, *S) with random changes that depend on (seed, step, item) alone.
 
-    With `places` patches are returned: each turns about its own middle, and what it lacks then comes from
-    the image around it.
+    With `places` patches are returned: each is turned about its own middle, and its corners are filled from the
+    image around it.
     """
     strength = STRENGTHS[modality]
     shape = (images.shape[1], *(images.shape[2:] if places is None else places.size))
@@ -130,7 +130,7 @@ def _matrix(random: np.random.Generator, strength: Strength, size: tuple[int, ..
     d = len(size)
     linear = np.eye(d)
     for plane in itertools.combinations(range(d), 2):
-        # in 3-D slices are thick and patients lie straight: less of a turn out of the first plane
+        # in 3-D slices are thick and patients lie straight: smaller turns out of the first plane
         limit = np.deg2rad(strength.rotation_degrees) / (1 if plane == (0, 1) else 3)
         angle = random.uniform(-limit, limit)
         turn = np.eye(d)
@@ -160,7 +160,7 @@ def _moved(images: Tensor, labels: Tensor, draws: Sequence[Draw], places: Places
         grid = grid + bend.movedim(1, -1)
     if places is not None:
         grid = _in_the_image(grid, places, images)
-    # what comes in from outside is the image's darkest value: zero, once that is subtracted
+    # grid_sample fills with zeros what comes from outside: the image's darkest value once that is subtracted
     floor = images.amin(dim=tuple(range(2, images.dim())), keepdim=True)
     both = F.grid_sample(torch.cat([images - floor, labels], dim=1), grid, align_corners=False)
     return both[:, :-1] + floor, (both[:, -1:] >= 0.5).to(labels.dtype)

@@ -1,9 +1,8 @@
-"""A running mean of a network's weights: steadier than the last step, and no choice among epochs.
+"""A running mean of a network's weights: steadier than the weights of any single step.
 
-Fine-tuning on some dozens of images jumps about its optimum, and a validation list of a few images
-cannot tell which jump was good. The mean of the weights along the way (Polyak and Juditsky 1992;
-with exponential weights Tarvainen and Valpola 2017, arXiv:1703.01780) lies nearer to it and costs one
-more copy of the weights.
+Fine-tuning on a few dozen images jumps about its optimum, and a few validation images cannot tell which
+jump was good. The mean of the weights along the way (Polyak and Juditsky 1992; with exponential weights
+Tarvainen and Valpola 2017, arXiv:1703.01780) lies closer to it and costs one more copy of the weights.
 """
 
 import copy
@@ -16,8 +15,8 @@ class RunningMean:
     """The exponential mean of a network's weights over the steps, as a network of its own.
 
     Args:
-        network: the one that moves; its present weights are the first mean.
-        decay: what a step leaves of the mean; 0 makes `network` here the moving one itself.
+        network: the one that moves; its present weights are the initial mean.
+        decay: share of the mean that a step keeps; with 0 `network` is the moving one itself.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -30,7 +29,7 @@ class RunningMean:
     def follow(self) -> None:
         """Take in the weights after a step.
 
-        The decay rises to its value as (1 + n) / (10 + n), so that the first weights are soon forgotten.
+        In step n the decay is at most (1 + n) / (10 + n), so that the initial weights are soon forgotten.
         """
         if self._decay == 0:
             return

@@ -1,9 +1,9 @@
-"""What a site contributes to the bank: per slot, sums of its tokens' keys and values and their count.
+"""What a site contributes to the bank: per slot, the sums of its tokens' keys and values and their count.
 
-Tokens come from the shared network with the weights just received, so that those of all sites lie in
-one space; each goes to the nearest centroid. A slot to which fewer than `bank.min_patients` patients
-contribute stays at the site: its sums, count and patients are sent as zero. Images are read one batch
-after the other and tokens never leave this module.
+Tokens come from the shared network with the weights just received, so that the tokens of all sites lie in
+one space; each is assigned to the nearest centroid. A site withholds a slot to which fewer than
+`bank.min_patients` patients contribute: its sums, count and patients are sent as zero. Images are read one
+batch after the other, and tokens never leave this module.
 
 Shapes: m slots, T tokens, C channels (all heads side by side).
 """
@@ -26,7 +26,7 @@ from fedoap.segmentation.prepared import load_case
 from fedoap.segmentation.streams import stream
 
 SAMPLE_TOKENS = 8192
-"""At most so many tokens, evenly spread over the images, make a site's first clusters."""
+"""At most so many tokens, evenly spread over the images, determine a site's initial clusters."""
 ITERATIONS = 10
 """Steps of Lloyd's algorithm at a site before the first exchange."""
 
@@ -34,7 +34,7 @@ BankSums: TypeAlias = dict[str, NDArray[np.generic]]
 
 
 class Tokens(Protocol):
-    """The part of the network that is asked here."""
+    """The part of the network that is used here."""
 
     def tokens(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of an image's tokens, both (B, N, C)."""
@@ -61,7 +61,7 @@ class TokenSource:
     def batches(self) -> Iterator[tuple[list[Case], Tensor, Tensor]]:
         """Yield cases with their tokens' keys and values, both float32 (B, N, C).
 
-        Where `data.patch` is given they are those of windows that cover the case.
+        If `data.patch` is given, the tokens are those of windows that cover the case.
         """
         cases, size = self.chosen(), self.plan.training.batch_size
         windows = covering(self.plan.data)

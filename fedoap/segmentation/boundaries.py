@@ -1,17 +1,17 @@
-"""The losses that calibration may make small: the perturbed boundary loss, and what it is compared with.
+"""The losses that calibration may minimise: the perturbed boundary loss, and those that it is compared with.
 
     hausdorff_dt   L + w mean (p - y)^2 (d_p^2 + d_y^2)   (Karimi and Salcudean 2019, eq. 8, arXiv:1904.10030)
     boundary       L + w mean phi_y p                      (Kervadec et al. 2019, eq. 5, arXiv:1812.07032)
 
-L is the plain loss, p = sigmoid(z), d the distance of a voxel to the border of a mask (that of p is cut at
-0.5), phi the same with a sign: below 0 inside the mask. Distances are in voxels and constants to the
-gradient; MONAI measures them, on the CPU unless cuCIM is there. A mask that is empty or full has no
-border and no distances.
+L is the plain loss, p = sigmoid(z), d the distance of a voxel to the border of a mask (p is thresholded at
+0.5), phi_y the signed distance to the border of y, negative inside. Distances are in voxels and constant to
+the gradient; MONAI measures them, on the CPU unless cuCIM is installed. A mask that is empty or full has no
+border, and all its distances are 0.
 
 Shapes: B batch, one channel, *S spatial size.
 """
 
-# MONAI takes seconds to import and is not needed by the other two
+# MONAI takes seconds to import and only the distance losses need it
 # ruff: noqa: PLC0415
 
 import torch
@@ -23,7 +23,7 @@ from fedoap.segmentation.objectives import SMOOTH, segmentation_loss
 
 
 def calibration_loss(logits: Tensor, target: Tensor, config: CalibrationConfig, seed: int) -> Tensor:
-    """Return the loss that `calibration.loss` names; with `lam = 0` the perturbed one is the plain one, to the bit."""
+    """Return the loss that `calibration.loss` names; with `lam = 0` the perturbed one is the plain one, bit for bit."""
     match config.loss:
         case "pbl" if config.lam > 0:
             return perturbed_boundary_loss(
@@ -55,16 +55,16 @@ def hausdorff_dt_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean of phi_y p, float32; it is below 0 where p is inside the mask."""
+    """Return the mean of phi_y p, float32; p inside the mask makes it negative."""
     with torch.autocast(logits.device.type, enabled=False):
         return (signed_distance(target) * torch.sigmoid(logits.float())).mean()
 
 
 @torch.no_grad()
 def signed_distance(mask: Tensor) -> Tensor:
-    """Return how far each voxel of masks (B, 1, *S) is outside, or how far inside below 0; its border voxels are at 0.
+    """Return each voxel's distance to the border of masks (B, 1, *S): negative inside, 0 at the mask's border voxels.
 
-    The definition is that of the authors' code, and of MONAI's BoundaryLoss, which came with its version 1.6.
+    The definition is that of the authors' code and of the BoundaryLoss of MONAI 1.6.
     """
     from monai.transforms.utils import distance_transform_edt
 

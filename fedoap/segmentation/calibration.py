@@ -1,7 +1,7 @@
-"""After the rounds: the site's own network is fine-tuned on its own images, and everything is measured.
+"""After the rounds: the site's own network is fine-tuned on its own images, and all networks are measured.
 
-`calibrate` ends a federated course with the perturbed boundary loss, or another. `train_alone` is what it is
-compared with, under the same budget.
+`calibrate` ends a federated course, with the perturbed boundary loss or another one. `train_alone` is what that
+course is compared with, under the same budget.
 """
 
 import math
@@ -29,8 +29,8 @@ from fedoap.strategies import Inconsistency, terms
 def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[FedOAPNet, Metrics]:
     """Return the site's calibrated network, all of it its own, and how well it and the shared one do.
 
-    A copy of the personal network takes `calibration.steps` steps of `calibration.loss`, or of the strategy's
-    own, at one cosine of the learning rate. The model itself stays as it is.
+    A copy of the personal network takes `calibration.steps` steps on `calibration.loss`, or on the strategy's own
+    loss, the learning rate falling along one cosine. The model itself stays as it is.
 
     Raises:
         DataError: a case is wrong.
@@ -55,10 +55,10 @@ def calibrate(model: SiteModel, bank: Bank | None, place: Workplace) -> tuple[Fe
 def train_alone(place: Workplace) -> tuple[FedOAPNet, Metrics]:
     """Return a network that was trained on this site's images only, and how well it does.
 
-    Equal to a federated course: first weights, network (its attention sees the image's own tokens),
-    batches in their order, number of steps of all rounds and of the calibration, learning rate at each
-    of them, and how often and when the validation cases choose a state. Different: no bank, no path but
-    its own, and the plain loss throughout.
+    As in a federated course are the initial weights, the network (its attention sees the image's own tokens),
+    the batches and their order, the number of steps of all rounds and of the calibration, the learning rate at
+    each of them, and when the validation cases choose a state. What differs: there is no bank and no shared
+    path, and the loss is the plain one throughout.
 
     Raises:
         DataError: a case is wrong.
@@ -87,10 +87,10 @@ def alone_plan(plan: Plan) -> Plan:
 
 
 def tune_new_site(model: SiteModel, bank: Bank | None, place: Workplace, epochs: int) -> tuple[FedOAPNet, Metrics]:
-    """Return the network of a site that joins after the last round, fine-tuned for some epochs of its images.
+    """Return the network of a site that joins after the last round, fine-tuned for some epochs on its images.
 
-    Its personal parts start as copies of the shared ones. All of it is trained, by the plain loss at one
-    cosine of the calibration's learning rate; the state with the best validation Dice is kept.
+    Its personal parts start as copies of the shared ones. All of it is trained on the plain loss, the learning
+    rate falling along one cosine from the calibration's; the state with the best validation Dice is kept.
 
     Raises:
         DataError: a case is wrong.
@@ -106,9 +106,9 @@ def tune_new_site(model: SiteModel, bank: Bank | None, place: Workplace, epochs:
 
 
 def look_steps(steps: int, evaluations: int) -> list[int]:
-    """Return after which steps the validation cases are looked at: before the first, after the last, and between.
+    """Return after how many steps the validation cases are evaluated: before the first, after the last, and between.
 
-    There are two looks at least where there are steps at all.
+    If there are steps at all, there are at least two evaluations.
 
     >>> look_steps(200, 5), look_steps(200, 1), look_steps(0, 5)
     ([0, 50, 100, 150, 200], [0, 200], [0])
@@ -118,10 +118,10 @@ def look_steps(steps: int, evaluations: int) -> list[int]:
 
 
 def _fine_tune(predict: Predictor, loss: Loss, place: Workplace, batches: Batches, stretch: Stretch) -> list[float]:
-    """Leave the best of the states that were looked at in the network and return each one's validation Dice.
+    """Leave the best of the evaluated states in the network and return the validation Dice of each.
 
-    With `calibration.average` the states are those of the running mean of the weights. The earlier state
-    wins where two are equal. Only the leading process looks and restores.
+    With `calibration.average` the states are those of the running mean of the weights. Of equal states the
+    earliest wins. Only the leading process evaluates; the networks of the others are of no further use.
     """
     network = predict.network
     average = RunningMean(network, place.plan.calibration.average)
@@ -165,7 +165,7 @@ def _calibration_loss(network: nn.Module, bank: Bank | None, place: Workplace) -
 
 
 def _guided_loss(network: nn.Module, model: SiteModel, bank: Bank | None, place: Workplace) -> Loss:
-    """Return the loss that minds most where the site's network, as it is before, and the shared one differ."""
+    """Return the loss that counts voxels most where the site's network, as it was before, and the shared one differ."""
 
     def loss(image: Tensor, mask: Tensor, step: int) -> Tensor:
         with autocast(place.device):
@@ -178,7 +178,7 @@ def _guided_loss(network: nn.Module, model: SiteModel, bank: Bank | None, place:
 
 
 def _test(network: FedOAPNet, bank: Bank | None, place: Workplace) -> Metrics:
-    """Return the measures on the test cases, on the files' grids; of no process but the leading one."""
+    """Return the measures on the test cases, on the files' grids; -1 in all but the leading process."""
     if not place.leads:
         return dict.fromkeys(("dice_test", "iou_test", "hd95_test", "nsd_test"), -1.0)
     cases = prepared_cases(place.test, place.data, place.plan, place.cache)
@@ -187,7 +187,7 @@ def _test(network: FedOAPNet, bank: Bank | None, place: Workplace) -> Metrics:
 
 
 def _test_dice(network: FedOAPNet, bank: Bank | None, place: Workplace) -> float:
-    """Return the mean Dice on the test cases, on the files' grids; of no process but the leading one."""
+    """Return the mean Dice on the test cases, on the files' grids; -1 in all but the leading process."""
     if not place.leads:
         return -1.0
     cases = prepared_cases(place.test, place.data, place.plan, place.cache)

@@ -1,9 +1,9 @@
 """Prepared cases, training batches, and masks back on the file's grid.
 
-Batches are a function of (seed, step): a process that starts again at step k sees what it would
-have seen. The training cases form an endless sequence of epochs, each a fresh permutation, that is
-cut into batches; a batch may hold the end of one epoch and the start of the next, so no case is left
-out and none waits. B stands for the batch, C for channels, S for the spatial axes.
+Batches are a function of (seed, step): a process that restarts at step k sees the batches that it would
+have seen without the restart. The training cases form an endless sequence of epochs, each a new
+permutation, which is cut into batches; a batch may hold the end of one epoch and the start of the next, so
+that no case is left out. B stands for the batch, C for channels, S for the spatial axes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,9 +65,9 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Return the endless batches from `start_step` on: images (B, C, *S) and masks (B, 1, *S), float32.
 
-    S is `data.patch` where it is given: each item is then a patch of its case, otherwise the whole case.
+    If `data.patch` is given it is S, and each item is a patch of its case; otherwise it is the whole case.
 
-    Every case is prepared, and hence checked, before this returns.
+    Every case is prepared, and so checked, before this returns.
 
     Args:
         cases: The training cases.
@@ -89,7 +89,7 @@ def training_batches(
 def shelf_batches(
     shelf: "Shelf", *, seed: int, start_step: int = 0, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return what `training_batches` does, of cases that stand ready."""
+    """Return the batches of `training_batches` from cases that are already prepared."""
     return _batches(shelf, seed=seed, step=start_step, items=range(rank, shelf.plan.training.batch_size, ranks))
 
 
@@ -100,7 +100,7 @@ def order(seed: int, position: int, cases: int) -> int:
 
 
 def restore(mask: Tensor | NDArray[np.generic], prepared: PreparedCase) -> NDArray[np.uint8]:
-    """Return a mask, or better its probabilities, of the network's grid as 0 and 1 on the file's."""
+    """Return a mask, or better its probabilities, on the network's grid as zeros and ones on the file's."""
     values = torch.as_tensor(mask).detach().to("cpu", torch.float32).numpy()
     size = prepared.geometry.size
     if values.shape not in (size, (1, *size)):

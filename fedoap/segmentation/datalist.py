@@ -1,9 +1,9 @@
 """A MONAI/Decathlon datalist -> cases, checked before any image is opened.
 
-The list is a JSON object with lists `training`, `validation` and `test`; an item is an object with
+The list is a JSON object with the lists `training`, `validation` and `test`; an item is an object with
 `image` (one path, or one for each channel), `label` and, optionally, `patient` and `name`, or just
 an image's path. Other keys, in the list and in its items, are for other programs and are ignored.
-Whatever is wrong is a `DataError` of one line that names the case and the file that lists it.
+Every fault is a `DataError` of one line that names the case and the file that lists it.
 """
 
 import json
@@ -106,13 +106,13 @@ def case_of(image: Path, label: Path | None = None) -> Case:
 
 
 def stem(path: Path) -> str:
-    """Return a file's name without its endings.
+    """Return a file's name without its endings; a number at the end is none, as in the UID of a DICOM series.
 
-    >>> stem(Path("images/scan.1.nii.gz"))
-    'scan.1'
+    >>> stem(Path("images/scan.1.nii.gz")), stem(Path("ct/1.2.840.7"))
+    ('scan.1', '1.2.840.7')
     """
     inner = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return inner.stem
+    return inner.name if inner.suffix[1:].isdigit() else inner.stem
 
 
 def _load(data: SiteData, wanted: Sequence[Split], *, labelled: bool) -> list[tuple[Case, ...]]:
@@ -197,15 +197,14 @@ def _check_files(splits: Mapping[Split, Sequence[Case]], place: Path) -> None:
 
 
 def _check_apart(splits: Mapping[Split, Sequence[Case]], place: Path) -> None:
-    for what in ("patient", "image"):
-        seen: dict[object, tuple[Split, str]] = {}
-        for split, cases in splits.items():
-            for case in cases:
-                value = getattr(case, what)
-                other, name = seen.setdefault(value, (split, case.name))
+    seen: dict[str, tuple[Split, str]] = {}
+    for split, cases in splits.items():
+        for case in cases:
+            for what in (f"patient {case.patient}", *(f"image {image}" for image in case.images)):
+                other, name = seen.setdefault(what, (split, case.name))
                 if other != split:
                     raise DataError(
-                        f"case {case.name}: {what} {value} is in {split} and, with case {name}, in {other}, "
+                        f"case {case.name}: {what} is in {split} and, with case {name}, in {other}, "
                         f"but may be in one split only: {place}"
                     )
 

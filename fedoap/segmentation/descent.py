@@ -1,8 +1,8 @@
 """Gradient steps: the loop that rounds, calibration and training alone have in common.
 
-Whatever is random is a function of the plan's seed, the site's name and the step's number in the
-site's whole course, so that work done again, or taken up in a new process, gives the same weights:
-on a CPU to the last bit. With several ranks each works on its part of every batch.
+Everything random is a function of the plan's seed, the site's name and the step's number in the site's
+whole course, so work that is repeated, or continued in a new process, gives the same weights: on a CPU
+to the last bit. With several ranks each works on its part of every batch.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from fedoap.segmentation.datalist import Case, load_splits
 from fedoap.segmentation.optimizer import SiteOptimizer
 
 CHECK_EVERY = 10
-"""The loss is looked at and reported every so many steps: on a GPU each look waits for it."""
+"""The loss is checked and reported every so many steps; each check waits for the GPU."""
 
 Batches: TypeAlias = Iterator[tuple[Tensor, Tensor]]
 Metrics: TypeAlias = dict[str, float]
@@ -47,7 +47,7 @@ Report: TypeAlias = Callable[[Progress], None]
 
 @dataclass(slots=True)
 class Ready:
-    """Cases that were prepared before: work after work at one place reads them once."""
+    """Prepared cases, kept so that several jobs at one place read them only once."""
 
     training: Shelf | None = None
     validation: list[PreparedCase] | None = None
@@ -80,7 +80,7 @@ class Workplace:
     def open(
         cls, site: str, plan: Plan, data: SiteData, *, cache: Path | None, device: torch.device, report: Report
     ) -> Self:
-        """Return a site's workplace; all three lists are read, so that a mistake in one shows in the first round.
+        """Return a site's workplace; all three lists are read, so that a mistake in any of them shows at once.
 
         Raises:
             DataError: the datalist is wrong, or a split is empty or lacks masks.
@@ -105,7 +105,7 @@ class Workplace:
         return self.rank == 0
 
     def seed(self, purpose: str, step: int = 0) -> int:
-        """Return a seed in [0, 2**63): one for each federation's seed, site, purpose and step."""
+        """Return a seed in [0, 2**63), one for each combination of the plan's seed, site, purpose and step."""
         text = repr((self.plan.seed, self.site, purpose, step)).encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
 
@@ -140,7 +140,7 @@ class Workplace:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Some steps in a row: `count` from number `first` of the site's course."""
+    """Consecutive steps: `count` of them, from number `first` of the site's course."""
 
     stage: str
     first: int
@@ -148,22 +148,22 @@ class Stretch:
     rate: Callable[[int], float]
     """Learning rate of a step by its number in the site's course."""
     done: int
-    """Steps of the stage before these, and all of its steps: for reports."""
+    """For reports: the stage's steps before these and, below, all of its steps."""
     steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Descent:
-    """What is made small, and by which parameters."""
+    """What is minimised, and over which parameters."""
 
     loss: Loss
     optimizer: SiteOptimizer
     amend: Callable[[int], None] = lambda _: None
-    """What is done to the gradients before they are clipped, at a step of the site's course."""
+    """Changes the gradients of a step of the site's course before they are clipped."""
     parts: int = 1
-    """So many batches make a step: it goes along the mean of their gradients."""
+    """Batches per step, which follows the mean of their gradients."""
     settle: Callable[[], None] = lambda: None
-    """What is done once a step has moved the parameters."""
+    """Called after each step has moved the parameters."""
 
 
 def descend(place: Workplace, batches: Batches, stretch: Stretch, descent: Descent) -> float:

@@ -1,22 +1,22 @@
 """How well masks fit: Dice, IoU, 95 % Hausdorff distance and normalised surface Dice, by MONAI.
 
-A mask is compared on the grid of the case's file, where a reader drew the reference, or, quicker, on
-the network's. Distances are in millimetres if the spacing of every case is known, otherwise in
-voxels for all of them, so that their mean means something. MONAI leaves empty masks undefined; here
+Masks are compared on the grid of the case's file, where a reader drew the reference, or, faster, on the
+network's. Distances are in millimetres if the spacing of every case is known, otherwise in voxels for all
+cases, so that their mean has a unit. MONAI leaves empty masks undefined; here
 
     both empty          dice 1  iou 1  hd95 0                   nsd 1
     one of them empty   dice 0  iou 0  hd95 the image's diagonal  nsd 0
 
-so that every mean is finite and a missed lesion costs the most that a distance can.
+so that every mean is finite and a missed lesion costs the largest distance there is.
 """
 
-# MONAI takes seconds to import and is not needed to look in while training
+# MONAI takes seconds to import, and the mean Dice while training does not need it
 # ruff: noqa: PLC0415
 
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -33,7 +33,7 @@ Predict: TypeAlias = Callable[[Tensor], Tensor]
 Where: TypeAlias = Literal["file", "network"]
 Unit: TypeAlias = Literal["mm", "voxel"]
 TOLERANCE = 2.0
-"""Distance up to which a surface counts as met, in the evaluation's unit."""
+"""Distance up to which two surfaces agree, in the evaluation's unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def evaluate(
     tolerance: float = TOLERANCE,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Return how well the predicted masks fit the cases' own.
+    """Return how well the predicted masks fit the cases' reference masks.
 
     Raises:
         DataError: there is no case, or one has no mask.
@@ -101,7 +101,7 @@ def evaluate(
 def mean_dice(
     predict: Predict, cases: Sequence[PreparedCase], *, grid: Where = "network", batch_size: int = 8
 ) -> float:
-    """Return the mean Dice without the distances, which cost most of what `evaluate` does.
+    """Return the mean Dice alone; the distances take most of the time of `evaluate`.
 
     Raises:
         DataError: there is no case, or one has no mask.
@@ -148,8 +148,9 @@ def probabilities(predict: Predict, cases: Sequence[PreparedCase], batch_size: i
     """Yield each case's probabilities (*S) on the network's grid, on the CPU."""
     for start in range(0, len(cases), batch_size):
         images = torch.stack([case.image for case in cases[start : start + batch_size]])
-        with torch.inference_mode():
-            yield from torch.sigmoid(predict(images).float()).cpu()[:, 0]
+        with torch.inference_mode():  # not around the yield, which would leave it on for the caller
+            batch = torch.sigmoid(predict(images).float()).cpu()[:, 0]
+        yield from batch
 
 
 def _masks(case: PreparedCase, probability: Tensor, grid: Where) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -171,13 +172,5 @@ def _spacing_mm(case: PreparedCase, grid: Where) -> tuple[float, ...] | None:
 
 
 def _mean(rows: Sequence[CaseScores]) -> Scores:
-    def over(values: list[float]) -> float:
-        return math.fsum(values) / len(values)
-
-    scores = [row.scores for row in rows]
-    return Scores(
-        dice=over([each.dice for each in scores]),
-        iou=over([each.iou for each in scores]),
-        hd95=over([each.hd95 for each in scores]),
-        nsd=over([each.nsd for each in scores]),
-    )
+    columns = zip(*(astuple(row.scores) for row in rows), strict=True)
+    return Scores(*(math.fsum(values) / len(rows) for values in columns))

@@ -1,8 +1,8 @@
 """Where a voxel of the network's grid lies in the file: orientation, resampling, padding, and back.
 
-An image's array goes through three grids: the file's, the same one in standard order (rows first in
-2-D, right-anterior-superior in 3-D), and the network's, which holds a box of it, resampled and centred
-between padding. Each step is invertible, so a mask predicted on the last returns to the first.
+An image's array goes through three grids: the file's; the same in standard order (rows first in 2-D,
+right-anterior-superior in 3-D); and the network's, which holds a box of it, resampled and centred between
+padding. There is a way back through each, so a mask predicted on the last returns to the first.
 S stands for the spatial axes.
 """
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """First voxel, and the one after the last, along each axis."""
 MARGIN = 0.05
-"""Share of an image's range of values, from its darkest, that a margin keeps within."""
+"""A margin's values lie within this share of the image's range from its darkest value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Geometry:
     def fitted(cls, grid: Grid, size: tuple[int, ...], spacing_mm: tuple[float, ...] | None, box: Box) -> Self:
         """Return the geometry that shows the whole box, its aspect ratio kept.
 
-        With `spacing_mm`, in a file that knows its own, voxels get that spacing, or a coarser one
-        where the image would not fit; otherwise the image is as large as fits.
+        With `spacing_mm`, and a file that gives its own, voxels get that spacing, or a coarser one if the
+        image would not fit otherwise; without, the image is made as large as fits.
         """
         own = grid.spacing_mm or (1.0,) * len(size)
         wanted = spacing_mm if spacing_mm and grid.spacing_mm else (1.0,) * len(size)
@@ -134,7 +134,7 @@ def whole(values: Floats) -> Box:
 
 
 def shown(values: Floats) -> Box:
-    """Return the smallest box that holds what an image (C, *S) shows in any channel: all but dark margins."""
+    """Return the smallest box outside of which an image (C, *S) is dark in every channel."""
     low, high = values.min(), np.percentile(values, 99.5)
     bright = (values > low + MARGIN * (high - low)).any(axis=0)
     if not bright.any():
@@ -148,7 +148,7 @@ def shown(values: Floats) -> Box:
 
 
 def resample(values: Floats, shape: tuple[int, ...]) -> Floats:
-    """Return an array (C, *S) linearly resampled to a shape; smoothed along axes that shrink."""
+    """Return an array (C, *S) linearly resampled to a shape, smoothed along axes that shrink."""
     for axis, n in enumerate(shape, start=1):
         if values.shape[axis] != n:
             weights = _weights(values.shape[axis], n)
@@ -157,7 +157,7 @@ def resample(values: Floats, shape: tuple[int, ...]) -> Floats:
 
 
 def resample_mask(mask: Floats, shape: tuple[int, ...]) -> Floats:
-    """Return a mask (1, *S) resampled to a shape; a lesion, however small, keeps at least a voxel."""
+    """Return a mask (1, *S) resampled to a shape; one that marks anything, however small, keeps at least a voxel."""
     share = resample(mask, shape)
     return (share >= min(0.5, max(float(share.max()), 1e-6))).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""A trained model that can be asked: loaded from the files that `model.json` names, or taken as it trains.
+"""A model ready to predict: loaded from the files that `model.json` names, or the one being trained.
 
 Shapes: B batch, C channels, *S spatial size.
 """
@@ -33,7 +33,7 @@ Arrays = Mapping[str, NDArray[np.generic]]
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """A network with its bank, ready to run; on a GPU in bfloat16 where that is safe."""
+    """A network with its bank, ready to run; on a GPU under bfloat16 autocast."""
 
     plan: Plan
     network: nn.Module
@@ -42,9 +42,9 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the logits (B, 1, *S) of images (B, C, *S) from anywhere, float32.
+        """Return the logits (B, 1, *S) of images (B, C, *S) on any device, float32.
 
-        They lie on the model's device or, where `data.patch` makes windows of an image, beside the images.
+        They are on the model's device or, if `data.patch` divides images into windows, on that of the images.
         """
         if self.plan.data.patch is None:
             return self._at_once(image)
@@ -78,9 +78,9 @@ def load_model(model_json: Path, *, shared: bool, device: str = "auto") -> Predi
 
 
 def own_network(model: SiteModel, personal: Arrays) -> FedOAPNet:
-    """Return a copy of the personal network that shares nothing with the model, with these values in it.
+    """Return a copy of the personal network with these values, which shares nothing with the model.
 
-    They may name the personal parameters alone, as after a round, or all of them, as after calibration.
+    The values are those of the personal parameters alone, as after a round, or of all, as after calibration.
 
     Raises:
         TensorsError: a name is no parameter of the network, or its shape another.
@@ -144,7 +144,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Return the context in which a network runs: bfloat16 on a GPU, float32 on a CPU."""
+    """Return the context in which a network runs: bfloat16 autocast on a GPU, float32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 

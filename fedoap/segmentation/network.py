@@ -29,13 +29,13 @@ from fedoap.errors import TensorsError
 from fedoap.kernels import decoupled_cross_attention
 
 JOINT_GATE = -3.0
-"""First gate of `joint`: the bank starts with e**-3 = 5 % of the weight of as many local tokens."""
+"""Initial gate of `joint`: the bank starts with e**-3 = 5 % of the weight of as many local tokens."""
 GATED_GATE = 0.0
-"""First gate of `gated`: tanh(0) = 0 silences the bank, while the gate's own gradient is not 0."""
+"""Initial gate of `gated`: tanh(0) = 0 silences the bank, while the gate's own gradient is not 0."""
 HEAD_BIAS = -2.5
-"""First bias of the head: each voxel starts as tumour with p = 8 %, near what masks hold (the prior of
-Lin et al. 2017, section 4.1, arXiv:1708.02002). From p = 50 % some seeds spend most of a short course
-on learning that tumours are rare."""
+"""Initial bias of the head: every voxel starts as tumour with p = 8 %, close to the share of tumour in masks
+(the prior of Lin et al. 2017, section 4.1, arXiv:1708.02002). From p = 50 % some seeds spend most of a short
+course on learning that tumours are rare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
     def __init__(self, dimensions: int, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        # a bias would be taken out again by the norm behind it
+        # the norm that follows would cancel a bias
         self.conv1 = _conv(dimensions, channels_in, channels_out, 3)
         self.norm1 = _instance_norm(channels_out)
         self.conv2 = _conv(dimensions, channels_out, channels_out, 3)
@@ -125,7 +125,7 @@ class Up(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Two convolutions beside a 1x1 residual: a site's own last step in full resolution."""
+    """Two convolutions and a 1x1 residual: a last block of the site's own, at full resolution."""
 
     def __init__(self, dimensions: int, channels: int) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Adapter(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Queries of one branch attend to the tokens of the other, and to the bank."""
+    """Queries of one branch attend to the tokens of the other and to the bank."""
 
     def __init__(self, channels: int, heads: int, attention: Attention) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class CrossAttention(nn.Module):
 
 
 class FedOAPNet(nn.Module):
-    """The network; its first weights depend on the arguments alone.
+    """The network; its initial weights depend on the arguments alone.
 
     Args:
         config: what to build.
@@ -199,7 +199,7 @@ class FedOAPNet(nn.Module):
     def __init__(self, config: NetworkConfig, *, seed: int = 0, tied: bool = False, blank: bool = False) -> None:
         super().__init__()
         self.config, self.tied = config, tied
-        # building draws from the caller's generator otherwise, and lands on whatever device is the default
+        # otherwise building would draw from the caller's generator and use whatever device is the default
         with torch.random.fork_rng(devices=[]), torch.device("meta" if blank else "cpu"):
             torch.default_generator.manual_seed(seed)
             self._build()

@@ -1,4 +1,4 @@
-"""What a training step makes small: BCE with logits plus soft Dice, and what strategies add to it.
+"""What a training step minimises: BCE with logits plus soft Dice, and what strategies add to it.
 
 Shapes: B batch, one channel, then H W or D H W voxels.
 """
@@ -15,7 +15,7 @@ SMOOTH = 1e-5
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return BCE(z, y) + 1 - (2 sum p y + smooth) / (sum p + sum y + smooth), mean over samples, float32.
 
-    The Dice term is that of each sample, p = sigmoid(z) (the loss of FedOAP, arXiv 2511.18847).
+    p is sigmoid(z); the sums run over the voxels of one sample (the loss of FedOAP, arXiv 2511.18847).
 
     >>> round(float(segmentation_loss(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))), 4)
     1.0265
@@ -28,10 +28,11 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def inconsistency_loss(logits: Tensor, target: Tensor, others: Sequence[Tensor], lam: float) -> Tensor:
-    """Return the segmentation loss + lam mean(u BCE(z, y)), where u says how much other networks differ.
+    """Return the segmentation loss + lam mean(u BCE(z, y)), where u says how much the others disagree.
 
-    u is the standard deviation of their p over the networks, divided by its largest value in the batch, and
-    constant: the inconsistency-guided calibration of FedDP (Wang et al. 2023, doi:10.1109/TMI.2023.3299206).
+    u is the standard deviation of p over the other networks, divided by its largest value in the batch, and
+    constant to the gradient: FedDP's inconsistency-guided calibration (Wang et al. 2023,
+    doi:10.1109/TMI.2023.3299206).
     """
     with torch.autocast(logits.device.type, enabled=False):
         z, y = logits.float(), target.float()
@@ -43,7 +44,7 @@ def inconsistency_loss(logits: Tensor, target: Tensor, others: Sequence[Tensor],
 
 @torch.no_grad()
 def add_proximal_gradient(parameters: Sequence[Tensor], anchors: Sequence[Tensor], mu: float) -> None:
-    """Add mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients that there are.
+    """Add mu (w - w_t), the gradient of mu/2 ||w - w_t||^2, to the gradients of the parameters that have one.
 
     The term is that of FedProx (Li et al. 2020, eq. 2, arXiv:1812.06127) and Ditto (Li et al. 2021, eq. 2,
     arXiv:2012.04221); w_t are the shared weights as the round began. A parameter without gradient took no

@@ -1,7 +1,7 @@
 """AdamW whose moments survive from round to round, and its learning rate as a closed form.
 
-A site's moments belong to its personal state: they are kept by the parameters' names, so that a
-round that starts in a new process goes on exactly where the last one stopped.
+A site's moments belong to its personal state. They are kept by the parameters' names, so a round that
+starts in a new process continues exactly where the last one stopped.
 """
 
 import math
@@ -51,7 +51,7 @@ def cosine_rate(rate: float, step: int, steps: int) -> float:
 
 
 class SiteOptimizer:
-    """AdamW over named parameters; a parameter without gradient in a step is left alone by it.
+    """AdamW over named parameters; a step does not move a parameter that has no gradient.
 
     PyTorch's function is called instead of its class: making a `torch.optim.Optimizer` imports the
     compiler, which takes as long as dozens of steps of a small network.

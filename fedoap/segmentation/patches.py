@@ -6,7 +6,7 @@ case, and prediction blends windows that overlap. B stands for the batch, C for 
 spatial axes.
 """
 
-# MONAI takes seconds to import and is not needed to draw a patch
+# MONAI takes seconds to import, and drawing a patch does not need it
 # ruff: noqa: PLC0415
 
 import math
@@ -29,7 +29,7 @@ Window: TypeAlias = tuple[slice, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patch:
-    """A patch amid what surrounds it in its case, so that turning it brings in tissue and no void."""
+    """A patch with what surrounds it in its case, so that turning it brings in tissue instead of a void."""
 
     image: Tensor  # (C, *surrounding)
     label: Tensor  # (1, *surrounding)
@@ -40,9 +40,9 @@ class Patch:
 def draw_patch(image: Tensor, label: Tensor, data: DataConfig, random: np.random.Generator) -> Patch:
     """Return a patch of a case's image (C, *S) and mask (1, *S), by the generator alone.
 
-    Its centre is a voxel of the lesion with probability `data.lesion_share`, otherwise, and where there
-    is no lesion, any voxel of the case; where it would leave the case it is shifted back. Which patches
-    show a lesion is drawn, not counted: every n-th could always be one of the steps on the shared path.
+    Its centre is a voxel of the lesion with probability `data.lesion_share`; otherwise, or if there is no
+    lesion, it is any voxel of the case. A patch that would leave the case is shifted back. Which patches show
+    a lesion is drawn and not counted: every n-th could always fall on a step of the shared path.
     """
     size = tuple(image.shape[1:])
     start = _fitted(_centre(label, data.lesion_share, random), data.seen, size)
@@ -56,9 +56,9 @@ def draw_patch(image: Tensor, label: Tensor, data: DataConfig, random: np.random
 
 
 def covering(data: DataConfig) -> list[Window]:
-    """Return windows that together hold every voxel of a case, always the same ones.
+    """Return windows that together cover a case, always the same ones.
 
-    They only overlap where the patch's length does not divide the case's.
+    They overlap only along axes where the patch's length does not divide the case's.
     """
     if data.patch is None:
         return [_window((0,) * len(data.size), data.size)]
@@ -74,10 +74,10 @@ def predict_by_windows(
 
     Args:
         predict: Windows (B, C, *patch) on the device -> logits (B, 1, *patch).
-        images: Where they lie, the logits will.
+        images: The logits are returned on their device.
         data: Gives the windows' size and overlap.
-        at_once: So many windows make a batch.
-        device: Where the network is.
+        at_once: Windows per batch.
+        device: That of the network.
     """
     from monai.inferers.utils import sliding_window_inference
 

@@ -1,8 +1,8 @@
 """Invented patients with tumours, for a demonstration without anybody's data.
 
-An organ looks as its scanner would show it, with lesions of varying size, shape and contrast: lobed
-blobs with a rim and a core, brighter than their tissue in one organ and darker in another. Other
-structures are as bright, so no threshold finds the lesions. Everything follows from the seed.
+Each organ looks as its scanner would show it, with lesions of varying size, shape and contrast: lobed
+blobs with a rim and a core, brighter than their tissue in some organs and darker in others. Other
+structures are just as bright, so no threshold finds the lesions. Everything follows from the seed.
 """
 
 # ruff: noqa: PLC0415
@@ -44,9 +44,9 @@ def write_phantoms(folder: Path, organ: Organ, counts: Mapping[Split, int], size
     """Write images, masks and `datalist.json` into a folder, and return the datalist's path.
 
     Args:
-        folder: Made where it is missing.
-        organ: One of `ORGANS`; `KINDS[organ].modality` is what its site should set.
-        counts: Cases a split; two make a patient.
+        folder: Created if it is missing.
+        organ: One of `ORGANS`; its site should set `KINDS[organ].modality`.
+        counts: Cases per split; two make a patient.
         size: Two numbers write PNG, three NIfTI.
         seed: Fixes every voxel.
 

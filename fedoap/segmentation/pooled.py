@@ -1,10 +1,10 @@
-"""All sites' images in one place: the bound that a federation is held against. Only a study may do this.
+"""All sites' images in one place: the bound that a federation is measured against. Only a study may do this.
 
-Equal to a federated course are, for every site's network: the first weights, the number of gradient steps
-of all rounds and of the calibration, the learning rate at each of them, and the site's batches in their
-order, each transformed as its own site does. A step takes the next batch of every site and goes along the
-mean of their gradients, so sites count alike whatever the number of their cases, and as many images are
-seen as in the federation. Different: one network and one optimizer instead of one a site, no bank.
+As in a federated course are the initial weights, the number of gradient steps of all rounds and of the
+calibration, the learning rate at each of them, and every site's batches in their order, each transformed as
+at its own site. A step takes the next batch of every site and follows the mean of their gradients, so sites
+count alike whatever their number of cases, and as many images are seen as in the federation. What differs:
+there is one network and one optimizer instead of one per site, and no bank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from fedoap.segmentation.sitemodel import SiteModel
 def train_pooled(places: Sequence[Workplace]) -> tuple[SiteModel, Metrics]:
     """Return a model, all of it shared, that was trained on the images of all sites, and its `loss` and `steps`.
 
-    All places have one plan, one device, and one process each; the first one's reports are called.
+    All places have the same plan and device, and one process each; progress is reported to the first.
 
     Raises:
         DataError: a case is wrong.

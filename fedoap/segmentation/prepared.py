@@ -2,7 +2,7 @@
 
 Preparing means reading, checking, resampling and scaling. The result is a safetensors file named by
 a hash of everything it depends on: the files' paths, sizes and times, the settings, and the version
-of this code. Nothing has to be deleted when one of them changes, and a damaged entry is made anew.
+of this code. When one of them changes nothing has to be deleted, and a damaged entry is made again.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ from fedoap.segmentation.geometry import Floats, Geometry, Grid, resample, resam
 from fedoap.segmentation.intensity import scaled
 from fedoap.segmentation.readers import read_image, read_label
 
-VERSION = 2
-"""Of what preparing does; a higher number makes every cached case anew."""
+VERSION = 4
+"""Of what preparing does; with a higher number every cached case is prepared again."""
 
 Arrays: TypeAlias = dict[str, Floats]
 
@@ -50,7 +50,7 @@ class PreparedCase:
 
 
 def load_case(case: Case, data: SiteData, plan: Plan, cache: Path | None = None) -> PreparedCase:
-    """Return a case read, checked, resampled and scaled, from the cache where it is there.
+    """Return a case read, checked, resampled and scaled, from the cache if it is there.
 
     Raises:
         DataError: the image or the mask is wrong; the text names case and file.
@@ -92,7 +92,7 @@ def _key(case: Case, data: SiteData, plan: Plan) -> str:
 
 
 def file_states(path: Path) -> list[tuple[str, int, int]]:
-    """Return path, size and time of a file, or of those in a folder: what tells it from a later one.
+    """Return path, size and time of a file, or of those in a folder, by which a later version is recognised.
 
     Raises:
         DataError: it cannot be looked at.
@@ -126,7 +126,7 @@ def _save(entry: Path, prepared: PreparedCase) -> None:
 
 
 def _load(entry: Path, case: Case) -> PreparedCase | None:
-    """Return the case of a cache entry, or None where there is none that is whole."""
+    """Return the case of a cache entry, or None if there is none or it is damaged."""
     try:
         with safe_open(entry, framework="numpy") as file:
             metadata = file.metadata() or {}

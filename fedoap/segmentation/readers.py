@@ -1,8 +1,8 @@
 """Files -> arrays in standard order, through MONAI's readers; masks -> files.
 
 PNG, TIFF, JPEG and BMP go through Pillow, NIfTI through nibabel, a DICOM file or the folder of one
-series through pydicom. MONAI is imported when the first file is read: a run whose cases are all
-cached never waits for it. C stands for channels, S for the spatial axes.
+series through pydicom. MONAI is imported when the first file is read, so a run whose cases are all cached
+does not wait for it. C stands for channels, S for the spatial axes.
 """
 
 # ruff: noqa: PLC0415
@@ -24,7 +24,7 @@ PICTURES = (".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 NIFTI = (".nii", ".nii.gz")
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as Pillow's
 CORNER_TOLERANCE = 0.1
-"""Voxels by which a label's corner may lie off the image's."""
+"""Voxels by which a corner of a label, or of a further channel, may lie off the image's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class Volume:
 
 
 def format_of(path: Path) -> Format:
-    """Return what a file or folder is read as.
+    """Return the format that a file or folder is read as.
 
     Raises:
         DataError: no reader knows its ending.
@@ -64,15 +64,16 @@ def read_image(case: Case, channels: tuple[int, ...] | None, in_channels: int, d
         dimensions: 2 or 3.
 
     Raises:
-        DataError: a file is unreadable, of another shape, or holds nothing to see.
+        DataError: a file is unreadable, of another shape or place than the first, or shows nothing.
     """
     parts = [_read(path, dimensions, case) for path in case.images]
     first = parts[0]
     for path, part in zip(case.images, parts, strict=True):
-        if part.grid.shape != first.grid.shape:
-            raise DataError(
-                f"case {case.name}: {path} is {_by(part.grid.shape)}, but its first channel {_by(first.grid.shape)}"
-            )
+        if part.grid.standard_shape != first.grid.standard_shape:
+            ours, theirs = _by(part.grid.standard_shape), _by(first.grid.standard_shape)
+            raise DataError(f"case {case.name}: {path} is {ours}, but its first channel {theirs}")
+        if not _same_place(part.grid, first.grid):
+            raise DataError(f"case {case.name}: {path} lies elsewhere than its first channel, by its affine")
     values = np.concatenate([part.values for part in parts])
     _check_image(values, case)
     return Volume(_chosen(values, channels, in_channels, case), first.grid)
@@ -117,7 +118,7 @@ def _read(path: Path, dimensions: int, case: Case, *, mask: bool = False) -> Vol
     kind = format_of(path)
     try:
         with warnings.catch_warnings():
-            # a series that MONAI can only guess at is refused; a lack of orientation is ours to note
+            # a series that MONAI would have to guess about is refused; missing orientation is handled below
             warnings.filterwarnings("error", message="the list contains|slice: |Failed to read")
             warnings.filterwarnings("ignore", message="PydicomReader: ImageOrientationPatient")
             match kind:
@@ -139,6 +140,12 @@ def _picture(path: Path, dimensions: int, *, mask: bool) -> Volume:
     from PIL.Image import Image
 
     def plain(image: Image) -> Image:
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1  # a JPEG's second may be its preview
+        if pages > 1:
+            image.close()
+            raise DataError(
+                f"{path} holds {pages} pages, but a picture must hold one; volumes are read as NIfTI or DICOM"
+            )
         # a palette's indices are what a mask means; an image means the palette's colours
         if image.mode in ("1", "LA", "CMYK", "YCbCr", "HSV", "LAB", "PA"):
             return image.convert("L" if image.mode in ("1", "LA") else "RGB")
@@ -257,10 +264,10 @@ def _binary(values: Floats, case: Case) -> Floats:
     return (mask > 0).astype(np.float32)
 
 
-def _same_place(label: Grid, image: Grid) -> bool:
-    if label.affine is None or image.affine is None:
+def _same_place(part: Grid, image: Grid) -> bool:
+    if part.affine is None or image.affine is None:
         return True
-    ours, theirs = _standard_affine(label), _standard_affine(image)
+    ours, theirs = _standard_affine(part), _standard_affine(image)
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*image.standard_shape, 1, 1)[:3]])).reshape(3, -1)
     corners = np.vstack([corners, np.ones(corners.shape[1])])
     offset = np.linalg.norm(((ours - theirs) @ corners)[:3], axis=0).max()

@@ -102,7 +102,7 @@ def beyond(level: Floats, gap: float) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a lesion's grey differs from the tissue around: a core, and a rim about it."""
+    """How a lesion's grey differs from the surrounding tissue: its core, and the rim around that."""
 
     core: float
     rim: float

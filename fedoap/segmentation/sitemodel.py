@@ -1,15 +1,15 @@
-"""A site's model: the shared network, complete by itself, and the personal one that leans on it.
+"""A site's model: the shared network, which is complete, and the personal one, which shares most of it.
 
 Both are `FedOAPNet`s. The personal one holds the very same Parameter objects as the shared one, except
 where the strategy makes a part personal: there it has its own, which start as copies of their shared
-twins. In the shared network bottleneck_kv serves as bottleneck_q as well, so the personal bottleneck_q
+twins. In the shared network bottleneck_kv also serves as bottleneck_q, so the personal bottleneck_q
 starts from bottleneck_kv. A step on the personal path trains the common and the personal parameters, a
-step on the shared path the shared network alone; it is what runs where no site ever trained.
+step on the shared path the shared network alone, which is what a site that took no part runs.
 
-Shared parameters go by their plain names, and these travel. Personal ones go by names that start with
-`personal.`, and stay. Control variates, where the strategy has them, travel with the shared parameters by
-names that start with `control.`, and a site's own stay. Where the strategy mixes, a personal parameter is one
-of two summands of what the site predicts with; its name then starts with `personal.mixed.`.
+Shared parameters have plain names and travel. The names of personal ones start with `personal.`; they
+stay. If the strategy has control variates, c travels with the shared parameters under names that start
+with `control.`, and a site's own c_i stays. If the strategy mixes, the site predicts with a weighted sum of
+each personal parameter and its twin; the personal one's name then starts with `personal.mixed.`.
 """
 
 import copy
@@ -40,7 +40,7 @@ _QUERY_BRANCH = "bottleneck_q.block.conv1.weight"
 
 @dataclass(slots=True)
 class ControlVariates:
-    """c, what travels, and c_i, the site's own, by the names of the shared parameters; both begin at 0."""
+    """c, which travels, and c_i, the site's own, by the names of the shared parameters; both start at 0."""
 
     common: State
     own: State
@@ -62,22 +62,25 @@ class SiteModel(nn.Module):
         _check_bottleneck(plan)
         parts = personal_parts(plan.strategy)
         self.shared = FedOAPNet(plan.network, seed=plan.seed, tied=True, blank=blank)
-        # a second bottleneck makes sense only where the site has weights of its own to put into it
-        # every weight of its own becomes a copy of its shared twin's
+        # a second bottleneck makes sense only if the site has weights of its own for it;
+        # blank, because every personal weight becomes a copy of its shared twin
         self.personal = FedOAPNet(plan.network, tied=not is_personal(_QUERY_BRANCH, parts), blank=True)
         if plan.strategy.personal is not None:
             check_matches(_names(self.personal), parts)
         if parts and not any(is_personal(name, parts) for name in _names(self.personal)):
             kept = ", ".join(parts)
             raise ConfigError(f"strategy.name is {plan.strategy.name}, which keeps {kept}: this network has none of it")
-        self._twins = self._tie(parts)
+        twins = self._tie(parts)
+        # what a network consists of never changes, and to walk through it takes as long as a small one's step
+        self._shared = dict(sorted(self.shared.named_parameters()))
+        own = dict(self.personal.named_parameters())
+        self._twins = tuple((name, own[name], self._shared[twin]) for name, twin in twins.items())
         self.controls: ControlVariates | None = None
         self._alpha: float | None = None
         for term in terms(plan.strategy):
             match term:
                 case Controls():
-                    zeros = {name: np.zeros_like(_array(one)) for name, one in self.shared_parameters().items()}
-                    self.controls = ControlVariates(zeros, zeros)
+                    self.controls = ControlVariates(self._zeros(), self._zeros())
                 case Mixture(alpha):
                     self._alpha = alpha
                 case _:
@@ -104,7 +107,7 @@ class SiteModel(nn.Module):
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return what the shared network consists of, by plain name, sorted."""
-        return dict(sorted(self.shared.named_parameters()))
+        return dict(self._shared)
 
     def personal_parameters(self) -> dict[str, nn.Parameter]:
         """Return the site's own parameters, by name with prefix, sorted."""
@@ -112,11 +115,9 @@ class SiteModel(nn.Module):
 
     def twins(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield each personal parameter's name with prefix, itself and its shared twin."""
-        shared = self.shared_parameters()
-        own = dict(self.personal.named_parameters())
         prefix = PERSONAL_PREFIX if self._alpha is None else PERSONAL_PREFIX + _MIXED
-        for name, twin in self._twins.items():
-            yield prefix + name, own[name], shared[twin]
+        for name, own, twin in self._twins:
+            yield prefix + name, own, twin
 
     def shared_state(self) -> State:
         """Return a copy of the shared weights, complete without any personal part, and of what travels with them."""
@@ -125,7 +126,7 @@ class SiteModel(nn.Module):
         return dict(sorted((controls | weights).items()))
 
     def load_shared(self, state: Arrays) -> None:
-        """Take over shared weights; personal ones stay as they are. Control variates that are not there stay too.
+        """Take over shared weights, and c if the state holds it; personal weights stay as they are.
 
         Raises:
             TensorsError: names, shapes or dtypes are not those of `shared_state`; nothing was changed.
@@ -141,7 +142,7 @@ class SiteModel(nn.Module):
         return controls | {name: _array(parameter) for name, parameter in self.personal_parameters().items()}
 
     def load_personal(self, state: Arrays) -> None:
-        """Take over personal weights, and the site's own control variates if they are there.
+        """Take over personal weights, and the site's own control variates if the state holds them.
 
         Raises:
             TensorsError: names, shapes or dtypes are not those of `personal_state`; nothing was changed.
@@ -154,7 +155,7 @@ class SiteModel(nn.Module):
     def _mixture(self, alpha: float) -> dict[str, Tensor]:
         """Return alpha v + (1 - alpha) w by the personal network's names; w is constant in it.
 
-        Deng et al. 2020, algorithm 1 (arXiv:2003.13461): a step on v is one along alpha times the gradient here.
+        Deng et al. 2020, algorithm 1 (arXiv:2003.13461). The gradient of v is alpha times that of the mixture.
         """
         prefix = PERSONAL_PREFIX + _MIXED
         return {name.removeprefix(prefix): torch.lerp(w.detach(), v, alpha) for name, v, w in self.twins()}
@@ -171,9 +172,14 @@ class SiteModel(nn.Module):
 
     @torch.no_grad()
     def reset_personal(self) -> None:
-        """Set every personal parameter to its shared twin's value: where a new site starts."""
+        """Set every personal parameter to its shared twin's value, and the own control variates to 0: a new site's."""
         for _, own, twin in self.twins():
             own.copy_(twin)
+        if self.controls is not None:
+            self.controls.own = self._zeros()
+
+    def _zeros(self) -> State:
+        return {name: np.zeros(tuple(one.shape), np.float32) for name, one in self.shared_parameters().items()}
 
     def _tie(self, parts: tuple[str, ...]) -> dict[str, str]:
         """Put the shared Parameter objects into the personal network; return personal name -> shared twin's."""
@@ -228,7 +234,7 @@ def _check(what: str, name: str, parameter: nn.Parameter, state: Arrays) -> None
 
 
 def _check_bottleneck(plan: Plan) -> None:
-    """Refuse an input so small that one voxel is left, which an instance norm would always set to 0."""
+    """Refuse an input that leaves one voxel at the bottleneck, which an instance norm would always set to 0."""
     step = 2**plan.network.depth
     if all(size == step for size in plan.data.seen):
         key = "data.patch" if plan.data.patch else "data.size"

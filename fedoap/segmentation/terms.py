@@ -1,4 +1,4 @@
-"""What a strategy's terms do to a site's gradients, after each backward pass and before they are clipped."""
+"""What a strategy's terms do to a site's gradients after each backward pass, before they are clipped."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fedoap.segmentation.sitemodel import ControlVariates, SiteModel
 from fedoap.strategies import Controls, HeadFirst, Inconsistency, Mixture, Proximal, SharedPath, Term
 
 Amend: TypeAlias = Callable[[int], None]
-"""Changes the gradients of a step, which is told by its number in the round, from 0."""
+"""Changes the gradients of a step, given its number in the round, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,16 @@ class RoundTerms:
             amend(step)
 
     def finish(self) -> None:
-        """Leave in the model what the round made beside its weights."""
+        """Store in the model what the round produced besides weights."""
         for finish in self.finishes:
             finish()
 
 
 def begin_terms(terms: Sequence[Term], model: SiteModel, steps: int) -> RoundTerms:
-    """Return what the terms do in a round of so many steps that begins now.
+    """Return what the terms do in the round of so many steps that begins now.
 
     Raises:
-        ConfigError: the steps are too few for one of them.
+        ConfigError: a term needs more steps, or personal parts where there are none.
     """
     begun = [_begin(term, model, steps) for term in terms]
     return RoundTerms(
@@ -59,7 +59,7 @@ def _begin(term: Term, model: SiteModel, steps: int) -> RoundTerms:
         case Controls():
             assert model.controls is not None
             return _correct(model.shared_parameters(), model.controls, steps)
-        case Proximal() | SharedPath() | Mixture() | Inconsistency():  # nothing of theirs is added to a gradient
+        case Proximal() | SharedPath() | Mixture() | Inconsistency():  # these change no gradient
             return RoundTerms((), ())
 
 
@@ -69,19 +69,19 @@ def _pull(parameters: Sequence[Tensor], towards: Sequence[Tensor], mu: float) ->
 
 
 def _head_first(model: SiteModel, head_steps: int, steps: int) -> Amend:
-    """Let the first steps move personal parameters alone, the others shared ones alone.
+    """Let the first steps move only personal parameters, the others only shared ones.
 
-    Algorithm 1 of Collins et al. 2021 (arXiv:2102.07078), its tau local updates of the head before the
-    representation's. A parameter whose gradient is taken away is left alone by the optimizer.
+    In algorithm 1 of Collins et al. 2021 (arXiv:2102.07078) the head's tau local updates come before those of
+    the representation. The optimizer does not move a parameter whose gradient is removed.
     """
     head, body = list(model.personal_parameters().values()), list(model.shared_parameters().values())
     if not head:
         raise ConfigError(
-            "strategy.personal is empty, but the strategy's first steps of a round move personal parts alone"
+            "strategy.personal is empty, but the strategy's first steps of a round move only personal parts"
         )
     if not 0 < head_steps < steps:
         told = f"training.steps_per_round is {steps}, of which {head_steps} are the head's"
-        raise ConfigError(f"{told}, but head and body need one at least")
+        raise ConfigError(f"{told}, but head and body need at least one each")
 
     def amend(step: int) -> None:
         for parameter in body if step < head_steps else head:
@@ -91,10 +91,10 @@ def _head_first(model: SiteModel, head_steps: int, steps: int) -> Amend:
 
 
 def _correct(parameters: dict[str, nn.Parameter], controls: ControlVariates, steps: int) -> RoundTerms:
-    """Add c - c_i to each gradient, and leave the mean of the gradients themselves as the new c_i.
+    """Add c - c_i to each gradient; the mean of the uncorrected gradients becomes the new c_i.
 
-    Algorithm 1 of Karimireddy et al. 2020 (arXiv:1910.06378), lines 10 to 12. Its option II reads the mean
-    gradient off the distance that plain SGD went; the mean itself is the same there, and right for AdamW too.
+    Algorithm 1 of Karimireddy et al. 2020 (arXiv:1910.06378), lines 10 to 12. Its option II computes the mean
+    gradient from the distance that plain SGD covered; the mean itself equals that and is right for AdamW too.
     """
     device = next(iter(parameters.values())).device
     corrections = {name: torch.tensor(controls.common[name] - controls.own[name], device=device) for name in parameters}

@@ -1,4 +1,4 @@
-"""One round of a site: gradient steps on its own images, on the personal and the shared path in turn."""
+"""One round of a site: gradient steps on its own images, on the personal and the shared path."""
 
 from fractions import Fraction
 
@@ -16,19 +16,19 @@ from fedoap.strategies import shared_path_fraction, terms
 
 
 def site_optimizer(model: SiteModel, place: Workplace) -> SiteOptimizer:
-    """Return AdamW over the common, the shared and the personal parameters, without moments as yet."""
+    """Return AdamW over the common, the shared and the personal parameters, as yet without moments."""
     return SiteOptimizer(model.shared_parameters() | model.personal_parameters(), place.plan.training)
 
 
 def train_round(
     model: SiteModel, optimizer: SiteOptimizer, bank: Bank | None, number: int, place: Workplace
 ) -> Metrics:
-    """Take the steps of round `number` (from 1) and return `loss`, its mean.
+    """Take the steps of round `number` (from 1) and return their number and mean `loss`.
 
-    Also `dice_validation`, after them, in every `validate_every`-th round and the last.
+    In every `validate_every`-th round and in the last, `dice_validation` after these steps is returned too.
 
-    Of all the steps of a site's course the fraction rho, evenly spread, trains the shared path; the bank
-    is constant. The strategy's terms amend the gradients.
+    A fraction rho of the steps of a site's course, evenly spread, trains the shared path; the bank is
+    constant. The strategy's terms amend the gradients.
 
     Raises:
         DataError: a case is wrong.
@@ -70,7 +70,7 @@ def validation_dice(predict: Predictor, place: Workplace) -> float:
 def takes_shared_path(step: int, rho: float) -> bool:
     """Return whether step `step` (from 0) of a site's course is one of the fraction rho, evenly spread.
 
-    After n steps floor(n rho) have been, so that two runs agree and no round gets more than its share.
+    Of the first n steps floor(n rho) are, with rho as an exact fraction, so that two runs agree.
 
     >>> [step for step in range(12) if takes_shared_path(step, 0.25)]
     [3, 7, 11]
@@ -80,6 +80,6 @@ def takes_shared_path(step: int, rho: float) -> bool:
 
 
 def fresh_model(place: Workplace) -> SiteModel:
-    """Return the model that the plan's seed makes, on this process's device."""
+    """Return the model with the initial weights that follow from the plan, on this process's device."""
     model = SiteModel(place.plan)
     return model.to(place.device)

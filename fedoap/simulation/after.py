@@ -26,7 +26,7 @@ class Work:
 
 
 def run_after(config: SimulationConfig, layout: Layout, processes: Processes, display: Display) -> None:
-    """Leave the local-only results, the unseen sites' figures and the pictures in their folders.
+    """Write the local-only results, the unseen sites' figures and the pictures to their folders.
 
     Raises:
         ProcessError: one of them failed.
@@ -38,13 +38,13 @@ def run_after(config: SimulationConfig, layout: Layout, processes: Processes, di
 
 
 def processes_at_once(threads: int) -> int:
-    """Return how many processes of so many threads the cores carry; one that takes all cores runs alone."""
+    """Return how many processes of so many threads the cores can run; with 0 a process takes all cores."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // threads) if threads else 1
 
 
 def run_side_by_side(work: Sequence[Work], at_once: int, processes: Processes, display: Display) -> None:
-    """Run every command to its end, so many at a time.
+    """Run every command to its end, `at_once` at a time.
 
     Raises:
         ProcessError: one of them failed; with its last lines.

@@ -26,7 +26,7 @@ class SimulationConfig(Frozen):
     unseen: dict[Name, SiteConfig] = Field(default_factory=dict)
     """Sites that take no part; the shared model is evaluated on their test cases."""
     local_only: bool = True
-    """Also train each site alone, with as many gradient steps, for comparison."""
+    """Also train each site alone for comparison, with the same number of gradient steps."""
     threads: Annotated[int, Field(ge=0)] = 1
     """CPU threads of each training process that does not set its own; 0 lets PyTorch choose."""
 

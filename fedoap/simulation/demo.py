@@ -14,11 +14,11 @@ from fedoap.simulation.run import simulate
 
 SIZE = (64, 64)
 COUNTS: dict[Split, int] = {"training": 8, "validation": 12, "test": 40}
-"""Few to learn from, as in small hospitals, and enough to measure on."""
+"""Few cases to learn from, as in small hospitals, and enough to measure on."""
 
 
 def run_demo(out: Path, console: Console, *, overwrite: bool = False) -> Results:
-    """Leave a simulation of three phantom sites and an unseen one in a folder and return its figures.
+    """Run a simulation of three phantom sites and an unseen one in a folder and return its figures.
 
     Raises:
         ConfigError: the folder holds something already.

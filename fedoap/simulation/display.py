@@ -1,4 +1,4 @@
-"""Progress of a simulation: bars on a terminal, a line for each thing that happens elsewhere."""
+"""Progress of a simulation: bars on a terminal, elsewhere a line for each event."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fedoap.config import Plan
+from fedoap.protocol.course import course
 
 
 class Display:
@@ -24,7 +25,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._whole = self._progress.add_task("federation", total=exchanges(plan), note="")
+        self._whole = self._progress.add_task("federation", total=len(course(plan)), note="")
         self._sites = {name: self._add(name) for name in sites}
 
     def __enter__(self) -> Self:
@@ -64,7 +65,7 @@ class Display:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print a line that someone should act on."""
+        """Print a line that needs attention."""
         self._progress.console.print(text, markup=False, style="bold red", soft_wrap=True)
 
     def _close(self, event: Mapping[str, object]) -> None:
@@ -80,12 +81,6 @@ class Display:
 
     def _update(self, name: str, step: int, steps: int, note: str) -> None:
         self._progress.update(self._sites[name], completed=step, total=max(steps, 1), note=note)
-
-
-def exchanges(plan: Plan) -> int:
-    """Return how many exchanges a federation takes: first weights, rounds, banks, calibration."""
-    banks = plan.rounds if plan.network.has_bank else 0
-    return 1 + plan.rounds + banks + 1
 
 
 def _count(value: object) -> int:

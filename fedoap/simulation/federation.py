@@ -21,7 +21,7 @@ NODE = (sys.executable, "-m", "fedoap_node")
 
 
 def run_federation(config: SimulationConfig, layout: Layout, processes: Processes, display: Display) -> None:
-    """Train the federation to its end; its ledger, its model and the sites' folders hold what came out.
+    """Train the federation to its end; the results are in its ledger, its model and the sites' folders.
 
     Raises:
         ProcessError: the coordinator ended early, or fewer nodes are left than make a round.
@@ -55,7 +55,7 @@ class Log:
     at: int = field(default=0, init=False)
 
     def new(self) -> Iterator[dict[str, object]]:
-        """Yield the complete lines that were written since the last call; what is no JSON object is passed over."""
+        """Yield the complete lines since the last call; lines that are not JSON objects are skipped."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:

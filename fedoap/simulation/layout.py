@@ -11,7 +11,7 @@ from fedoap.toml import to_toml
 
 RESULTS = "results.json"
 MARKER = ".fedoap-simulation"
-"""Says that a folder is a simulation's, and may be deleted when the next one is to take its place."""
+"""Marks a folder as a simulation's, which another simulation may delete and replace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Layout:
 
 
 def make_layout(out: Path, *, overwrite: bool) -> Layout:
-    """Return an empty folder's layout; what an earlier simulation left there is deleted if that is wanted.
+    """Return the layout of an empty folder; `overwrite` deletes an earlier simulation there.
 
     Raises:
         ConfigError: there is something already.
@@ -94,7 +94,7 @@ def _refuse_or_empty(out: Path, *, overwrite: bool) -> None:
 
 
 def write_federation(layout: Layout, config: SimulationConfig) -> None:
-    """Leave `fed.toml`, listening on loopback at a port of the system's choice, and the unseen sites' files."""
+    """Write `fed.toml`, for loopback and a port that the system chooses, and the unseen sites' files."""
     placed = {"bind": "tcp://127.0.0.1:*", "advertise": "tcp://127.0.0.1:*", "state": "state"}
     values = config.federation.model_dump()
     _write(layout.fed_toml, to_toml(values | {"coordinator": values["coordinator"] | placed}))
@@ -103,7 +103,7 @@ def write_federation(layout: Layout, config: SimulationConfig) -> None:
 
 
 def write_site(path: Path, site: SiteConfig) -> None:
-    """Leave a `site.toml`."""
+    """Write a `site.toml`."""
     _write(path, to_toml(site.model_dump()))
 
 

@@ -1,4 +1,4 @@
-"""The processes of a simulation: started in groups of their own, and ended whatever happens.
+"""The processes of a simulation: started in groups of their own, and always ended.
 
 A child's output goes to files that its last lines are quoted from when it fails. Each child leads
 its own process group, so that a Ctrl-C reaches the simulation only, which then ends them in order.
@@ -70,7 +70,7 @@ class Processes:
             self._watcher.wait()
 
     def start(self, name: str, command: Sequence[str]) -> Child:
-        """Start a command; what it says goes to `NAME.out` and `NAME.log` of the logs' folder."""
+        """Start a command; its output goes to `NAME.out` and `NAME.log` in the logs' folder."""
         output, log = self._logs / f"{name}.out", self._logs / f"{name}.log"
         with output.open("wb") as out, log.open("wb") as err:
             child = Child(name, _popen(command, out, err), output, log)

@@ -16,7 +16,7 @@ from fedoap.simulation.results import collect
 
 
 def simulate(config: SimulationConfig, layout: Layout, console: Console) -> Results:
-    """Leave `results.json` and `report.html` of a whole federation in a folder and return the figures.
+    """Run a whole federation in a folder, write `results.json` and `report.html` and return the figures.
 
     Raises:
         ProcessError: a process ended before its work was done; all others were ended.

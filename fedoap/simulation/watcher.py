@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def end_groups(groups: set[int], grace_seconds: float = GRACE_SECONDS) -> None:
-    """End process groups: SIGTERM, then SIGKILL to those that are not gone after the grace."""
+    """End process groups: SIGTERM, then SIGKILL to those that are not gone after the grace period."""
     _signal_all(groups, signal.SIGTERM)
     until = time.monotonic() + grace_seconds
     while time.monotonic() < until and any(_is_there(group) for group in groups):

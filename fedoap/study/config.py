@@ -33,37 +33,37 @@ class Search(Frozen):
     """Trials of settings before the grid: as many for each variant, on the first fold and seed."""
 
     trials: Annotated[int, Field(ge=1)]
-    """Of each variant that is searched: where its settings combine to more, so many are drawn."""
+    """Of each variant that is searched; drawn at random if its settings have more combinations."""
     settings: Settings = Field(default_factory=dict)
     """For all variants."""
     variants: dict[Name, Settings] = Field(default_factory=dict)
-    """For one variant, beside those for all or, under the same key, instead of them."""
+    """For one variant, besides those for all or, under the same key, instead of them."""
     like: dict[Name, Name] = Field(default_factory=dict)
-    """Variants, ablations mostly, that take over what another one's trials chose."""
+    """Variants, mostly ablations, that take over what another one's trials chose."""
 
 
 class Sizes(Frozen):
-    """Runs beside the grid in which one site has fewer training cases."""
+    """Runs besides the grid in which one site has fewer training cases."""
 
     site: Name
     cases: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (6, 12, 25, 50)
     variants: tuple[Name, ...] = ()
-    """All of the study's where none is given."""
+    """All of the study's if none is given."""
 
 
 class Hospital(Frozen):
     """A part of a site's patients, and how its scanner differs; images are grey levels in [0, 1]."""
 
     share: Annotated[float, Field(gt=0, le=1)]
-    """Of the cases; whole patients are dealt, so it is met as nearly as they allow."""
+    """Of the cases; met as closely as whole patients allow."""
     gamma: Positive = 1.0
     """Exponent of the grey levels."""
     contrast: Positive = 1.0
     """Factor of their distance from the image's mean."""
     resolution: Annotated[float, Field(ge=0.25, le=1)] = 1.0
-    """Pixels along an edge that are kept, of those that were; the image's size stays."""
+    """Share of the pixels along each edge that is kept; the image's size stays."""
     noise: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Sigma of normal noise."""
+    """Standard deviation of normal noise."""
 
 
 class StudyConfig(Frozen):
@@ -72,15 +72,15 @@ class StudyConfig(Frozen):
     name: Name
     base: Path
     folds: Annotated[int, Field(ge=0, le=20)] = 0
-    """Of cross-validation by patient over the union of a site's lists; 0 takes the lists as they are."""
+    """Folds of a cross-validation by patient over the union of a site's lists; 0 takes the lists as they are."""
     sites: tuple[Name, ...] = ()
-    """The base's sites that take part; all where none is given."""
+    """The base's sites that take part; all if none is given."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=1000)], ...], Field(min_length=1)] = (0,)
     """A run's federation.seed is its seed + 1000 x its fold."""
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Fixes folds, partition and noise."""
     validation: Annotated[float, Field(gt=0, le=0.5)] = 0.15
-    """Share of what a fold leaves over that chooses and does not train."""
+    """Share of the cases outside the tested fold that validate instead of train."""
     variants: Annotated[dict[Name, dict[str, object]], Field(min_length=1)]
     search: Search | None = None
     sizes: Sizes | None = None
@@ -120,7 +120,7 @@ class Study:
         self.path, self.config, self.base_path = path, config, base_path
         self._base = _partitioned(base, config)
         self.base = SimulationConfig.model_validate(self._base)
-        """The base, each site that is shared out replaced by its hospitals."""
+        """The base, each site that is divided replaced by its hospitals."""
 
     def table(self, variant: str, settings: Table | None = None) -> Table:
         """Return the base with a variant's changes, and those of a trial's settings."""
@@ -143,11 +143,11 @@ class Study:
         return found.model_copy(update={"local_only": False})
 
     def organ(self, site: str) -> str:
-        """Return the organ of a site: the site itself, unless it has its patients from a partition."""
+        """Return the organ of a site: the site itself, or in a partition the site that was divided."""
         return next((organ for organ, hospitals in self.config.partition.items() if site in hospitals), site)
 
     def hospital(self, site: str) -> Hospital | None:
-        """Return what makes a site of a partition, or nothing for another site."""
+        """Return the hospital that a site of a partition is, or None for another site."""
         return self.config.partition.get(self.organ(site), {}).get(site)
 
     def _error(self, variant: str, text: str) -> ConfigError:
@@ -187,7 +187,7 @@ def _check_partition(path: Path, config: StudyConfig, base: Table) -> None:
 
 
 def _check_cases(study: Study, variant: str) -> None:
-    """Refuse a variant that sees other cases than the others: nothing could be compared then."""
+    """Refuse a variant that sees other cases than the base: it could not be compared with the others."""
     found = study.simulation(variant)
     for name, site in (found.sites | found.unseen).items():
         base = study.base.sites.get(name) or study.base.unseen.get(name)
@@ -212,7 +212,7 @@ def _sites(base: Table) -> Table:
 
 
 def _partitioned(base: Table, config: StudyConfig) -> Table:
-    """Return the base with the sites that take part, each that is shared out replaced by its hospitals."""
+    """Return the base with the sites that take part, each that is divided replaced by its hospitals."""
     alone: Mapping[str, object] = {}
     taking_part = {name: site for name, site in _sites(base).items() if not config.sites or name in config.sites}
     sites = {name: site for old, site in taking_part.items() for name in config.partition.get(old, alone) or (old,)}

@@ -86,7 +86,7 @@ class StudyCoordinator:
         return blob_files(self._state, blob)
 
     def export(self, folder: Path) -> ModelRecord:
-        """Leave the newest shared model and bank in a folder."""
+        """Write the newest shared model and bank to a folder."""
         assert self._model is not None, "a federation that has finished has a model"
         number, model = self._model
         bank = self.files(self._bank) if self._bank else None

@@ -1,6 +1,6 @@
 """What one run does, by its strategy: a federation, each site alone, or all images pooled; then the tests.
 
-A course trains everything first and says then which models there are to test, at each site and stage.
+A course first trains everything and then yields the models to test, by site and stage.
 """
 
 import time
@@ -105,7 +105,7 @@ class Federated:
         yield "final", models.final(site)
 
     def unseen(self, site: str) -> Iterator[tuple[TestStage, Predictor]]:
-        """Yield the shared model as it is, and after a short time at the site."""
+        """Yield the shared model as it is, and tuned briefly at the site."""
         yield "zero_shot", Models(self.task.folder).shared()
         described = self.task.config.unseen[site]
         tuned, _ = tune_unseen(site, described, self.task.folder, self.task.report, cache=self.task.cache)
@@ -131,7 +131,7 @@ class Alone:
         yield "final", Models(self.task.folder).alone(site)
 
     def unseen(self, site: str) -> Iterator[tuple[TestStage, Predictor]]:
-        """Yield what nobody helped: the first weights, after as short a time at the site as in a federation."""
+        """Yield what the site reaches without help: the initial weights, tuned as briefly as a federation's model."""
         place = self.task.place(site, alone_plan(self.task.config.plan))
         network, _ = tune_new_site(SiteModel(place.plan).to(place.device), None, place, NEW_SITE_EPOCHS)
         yield "tuned", Predictor(place.plan, network.eval(), None, place.device)
@@ -155,12 +155,12 @@ class Pooled:
         return [row for place in places.values() for row in self._calibrate(place, metrics, seconds)]
 
     def models(self, site: str) -> Iterator[tuple[TestStage, Predictor]]:
-        """Yield the model of all sites' images, and what calibration at the site made of it."""
+        """Yield the model of all sites' images, before and after calibration at the site."""
         yield "shared", self._pooled(self.task.place(site, self.task.config.plan))
         yield "final", self._calibrated[site]
 
     def unseen(self, site: str) -> Iterator[tuple[TestStage, Predictor]]:
-        """Yield the model of all sites' images as it is, and after a short time at the site."""
+        """Yield the model of all sites' images as it is, and tuned briefly at the site."""
         assert self._model is not None, "training comes first"
         place = self.task.place(site, self.task.config.plan)
         yield "zero_shot", self._pooled(place)

@@ -1,4 +1,4 @@
-"""Where runs run: processes of this machine, or a cluster of Ray's.
+"""Where runs run: as processes of this machine, or on a Ray cluster.
 
 Either starts `python -m fedoap.study.run`, an OS process of its own for each run, and tells what
 became of it. Ray's workers need the study's folder, and the images, under the same paths.
@@ -24,14 +24,14 @@ RAY_MISSING = "--ray needs Ray; install it with: pip install 'fedoap[ray]'"
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A run that came to its end, and the one line that says why where it has no figures."""
+    """A run that has ended, and, if it has no figures, one line that says why."""
 
     name: str
     fault: str | None
 
 
 class Executor(Protocol):
-    """Runs whatever was begun in a folder; a run is known by its name."""
+    """Runs what is prepared in a folder; a run is known by its name."""
 
     def start(self, name: str, folder: Path) -> None:
         """Start a run."""
@@ -40,12 +40,12 @@ class Executor(Protocol):
         """Return the runs that ended since the last call."""
 
     def lines(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        """Yield what runs under way have printed since the last call, with their names."""
+        """Yield what the runs under way have printed since the last call, with their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where runs leave what they print and keep prepared cases, and how many threads each has."""
+    """Where runs keep their output and prepared cases, and how many threads each has."""
 
     logs: Path
     cache: Path
@@ -65,7 +65,7 @@ class Executors(Protocol):
 
 @dataclass(slots=True)
 class HereExecutor:
-    """Children of this process; they are ended with it, whatever ends it."""
+    """Children of this process; they end with it, whatever ends it."""
 
     processes: Processes
     place: Place

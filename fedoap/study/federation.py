@@ -1,8 +1,8 @@
 """A whole federation in one process: real machines, worker and merges; no socket, no clock, no process.
 
-Events wait in one queue and are handled in the order in which they came. Time stands still while there
-are any, then takes a step: so nobody is ever silent or late, sites work one after the other in the
-configuration's order, and what comes out is bit for bit what the daemons make of the same configuration.
+Events wait in one queue and are handled in the order of their arrival. Time stands still while there are
+any, then takes a step. So nobody is ever silent or late, sites work one after the other in the
+configuration's order, and the result is bit for bit that of the daemons with the same configuration.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ def run_federation(
     """Train a federation to its end and return its figures; the folder holds its models as `Layout` says.
 
     `model/` is what the coordinator exports, `home/SITE/model/` what the site's node leaves, `home/SITE/before/`
-    the latter before calibration. The figures stand in `federation.json`, written last; without it what lies
-    there is begun anew. Prepared cases are kept in `cache`, which many runs may share.
+    the latter before calibration. The figures are in `federation.json`, written last; without it a new run
+    starts afresh. Prepared cases are kept in `cache`, which many runs may share.
 
     Raises:
         FedoapError: a site cannot do its work, or the updates cannot be merged.
@@ -89,7 +89,7 @@ def _run(coordinator: StudyCoordinator, sites: dict[str, StudySite]) -> None:
 
 
 def _keys(config: SimulationConfig) -> tuple[Keys, dict[str, Member]]:
-    """Return keys that follow from the names alone: they secure nothing, as no byte leaves the process."""
+    """Return keys that follow from the names alone; they protect nothing, as no byte leaves the process."""
     name, turns = config.federation.federation, count()
 
     def seed(of: str) -> bytes:
@@ -108,7 +108,7 @@ def _keys(config: SimulationConfig) -> tuple[Keys, dict[str, Member]]:
 
 
 def _clear(layout: Layout) -> None:
-    """Remove what an earlier run left that did not come to its end."""
+    """Remove what an earlier run left that was not completed."""
     (layout.out / RUN).unlink(missing_ok=True)
     for left in (layout.state.parent, layout.home, layout.model):
         shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a federation in one process leaves beside its models: each site's figures of every round."""
+"""What a federation in one process leaves besides its models: each site's figures of every round."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ RUN = "federation.json"
 
 
 class SiteRound(Frozen):
-    """A site's part in one round: the exchanges that came before its training, and that."""
+    """A site's part in one round: its training and the exchanges before it."""
 
     site: str
     stage: Literal["train", "calibrate", "local"]
-    """`local` is training alone: one row for all of it."""
+    """`local` is all of training alone, in one row."""
     round: int
     step: int
     """Gradient steps of the site's course, after this round."""
@@ -30,7 +30,7 @@ class SiteRound(Frozen):
     """Of `train`: loss, dice_validation; of `calibrate`: dice_test_before, dice_test and others."""
     bytes_sent: int = 0
     bytes_received: int = 0
-    """Of blobs; as their manifests say, for none travelled."""
+    """Of blobs, by their manifests; nothing is really sent."""
     seconds: float
     """Of its work."""
 
@@ -57,7 +57,7 @@ class Share:
 
 
 def site_rounds(plan: Plan, shares: Sequence[Share]) -> Iterator[SiteRound]:
-    """Yield each round of each site; the first weights, which are of no round, count as its first round's."""
+    """Yield each round of each site; the first weights, which belong to no round, are counted in the first."""
     ends = [share for share in shares if share.kind in ("train", "calibrate")]
     for end in sorted(ends, key=lambda share: share.round):
         mine = [one for one in shares if one.site == end.site and max(1, one.round) == end.round]

@@ -1,9 +1,9 @@
-"""A study's folder: what lies where, whose it is, and that one process at a time works in it.
+"""A study's folder: where everything is, which study it belongs to, and a lock for one process at a time.
 
 data/       the datalists of the runs, and a partition's images
 runs/       a folder for each run that is done
-work/       runs under way; swept when the study is taken up again
-logs/       what the runs' processes printed
+work/       runs under way; removed when the study is continued
+logs/       the output of the runs' processes
 cases.csv rounds.csv runs.csv tuning.csv
 """
 
@@ -20,7 +20,7 @@ from fedoap.study.result import RunResult, read_result
 
 WORK = "work"
 MARKER = ".fedoap-study"
-"""Holds the study's name and says that the folder is a study's; it is locked by who works there."""
+"""Marks the folder as a study's and holds the study's name; the process that works there locks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class StudyFolder:
         return self.out / "runs" / run.name
 
     def result(self, run: RunFile) -> RunResult | None:
-        """Return the figures of a run, or nothing where it is yet to be done.
+        """Return the figures of a run, None if it is not done yet.
 
         Raises:
             ConfigError: they are damaged.
@@ -57,7 +57,7 @@ class StudyFolder:
         return read_result(self.run(run), run.digest)
 
     def begin(self, run: RunFile, token: str) -> Path:
-        """Return a new folder for a run to work in; the token is another one each time."""
+        """Return a new folder for a run to work in; every attempt needs another token."""
         folder = self.out / WORK / f"{run.name}.{token}"
         folder.mkdir(parents=True)
         (folder / RUN_FILE).write_text(run.to_json() + "\n", encoding="utf-8")
@@ -73,7 +73,7 @@ class StudyFolder:
 
 @contextmanager
 def open_folder(out: Path, name: str) -> Iterator[StudyFolder]:
-    """Within, the folder is this process's; runs that were under way when an earlier one ended are swept.
+    """Lock the folder for this process; runs that were under way when an earlier one ended are removed.
 
     Raises:
         ConfigError: the folder is another study's, holds something else, or is at work.

@@ -1,9 +1,9 @@
-"""Who trains, who chooses, who is tested: cases dealt by patient.
+"""Which cases train, validate and test: folds, divided by patient.
 
-A site's cases are the union of its lists, numbered in their order; whoever reads a study's tables
-knows a case and a patient by these numbers only. Patients are dealt whole, the largest first, each to
-where most is missing, so that folds hold about as many cases; chance decides between patients with
-as many cases. Everything follows from a seed.
+A site's cases are the union of its lists, numbered in their order; a study's tables know a case and a
+patient by these numbers only. Patients are never split. Those with most cases are assigned first, each to
+the part that lacks most cases, so that folds hold about equally many; the order among patients with equally
+many cases is random. Everything follows from a seed.
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ def union(data: SiteData) -> tuple[Member, ...]:
 
 
 def dealt(sizes: Mapping[int, int], shares: Sequence[float], seed: int, purpose: str) -> dict[int, int]:
-    """Return to which share each patient goes, whose numbers of cases are given.
+    """Return which share each patient goes to, given the patients' numbers of cases.
 
     >>> dealt({0: 3, 1: 1, 2: 2, 3: 2}, [0.5, 0.5], seed=0, purpose="doctest")
     {0: 0, 3: 1, 2: 1, 1: 0}
@@ -57,17 +57,17 @@ def dealt(sizes: Mapping[int, int], shares: Sequence[float], seed: int, purpose:
 
 
 def fold_of(members: Sequence[Member], folds: int, seed: int) -> dict[int, int]:
-    """Return in which fold each patient is tested.
+    """Return the fold in which each patient is tested.
 
     Raises:
-        DataError: there are too few patients to test, to choose and to train in every fold.
+        DataError: there are too few patients to test, validate and train in every fold.
     """
     sizes = Counter(member.patient for member in members)
     places = dealt(sizes, [1 / folds] * folds, seed, "folds")
     left = len(sizes) - max(Counter(places.values()).values())
     if len(sizes) < folds or left < 2:
         raise DataError(
-            f"{len(sizes)} patients cannot make {folds} folds: each needs one to test and two to choose and to train"
+            f"{len(sizes)} patients cannot make {folds} folds: each needs one to test and two to validate and train"
         )
     return places
 
@@ -75,14 +75,14 @@ def fold_of(members: Sequence[Member], folds: int, seed: int) -> dict[int, int]:
 def split_by_fold(
     members: Sequence[Member], folds: int, fold: int, *, seed: int, validation: float
 ) -> dict[Split, list[Member]]:
-    """Return the three lists of one fold; training goes by patients in an order of chance.
+    """Return the three lists of one fold; training lists patient after patient, in random order.
 
     Args:
         members: A site's cases.
-        folds: How many; 0 returns the site's own lists.
-        fold: Which one is tested.
+        folds: Their number; 0 returns the site's own lists.
+        fold: The one that is tested.
         seed: Fixes everything.
-        validation: Share of the remaining cases that chooses, met as nearly as whole patients allow.
+        validation: Share of the remaining cases that validate, met as closely as whole patients allow.
 
     Raises:
         DataError: there are too few patients.
@@ -102,7 +102,7 @@ def split_by_fold(
 
 
 def _choosing(order: Sequence[int], sizes: Mapping[int, int], share: float) -> frozenset[int]:
-    """Return the patients that choose: one at least, and never all, as the share is at most a half."""
+    """Return the patients that validate: at least one, and never all, as the share is at most a half."""
     target, count = share * sum(sizes.values()), 0
     chosen = []
     for patient in order:

@@ -20,7 +20,7 @@ PICTURES = 3
 def write_gallery(
     folder: Path, site: str, data: SiteData, predict: Predictor, measures: Sequence[CaseMeasures], *, cache: Path
 ) -> None:
-    """Leave SITE.json and SITE/NNNN.png in a folder as `fedoap evaluate` does, NNNN a case's place in the list.
+    """Write SITE.json and SITE/NNNN.png to a folder as `fedoap evaluate` does, NNNN a case's index in the list.
 
     Raises:
         DataError: a case is wrong.
@@ -47,12 +47,6 @@ def write_gallery(
 
 
 def _mean(cases: Sequence[Figures]) -> Figures:
-    def over(values: list[float]) -> float:
-        return math.fsum(values) / len(values)
-
     return Figures(
-        dice=over([case.dice for case in cases]),
-        iou=over([case.iou for case in cases]),
-        hd95=over([case.hd95 for case in cases]),
-        nsd=over([case.nsd for case in cases]),
+        **{name: math.fsum(getattr(case, name) for case in cases) / len(cases) for name in Figures.model_fields}
     )

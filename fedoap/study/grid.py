@@ -1,8 +1,8 @@
 """The runs of a study: every variant on every fold with every seed, and what each is made of.
 
-A run is known by its name and by a digest of all that its figures depend on: a run that is done is not
-done again unless that changed. The digest leaves out where files lie and values that are as by default, so
-neither a moved folder nor a new setting makes anything anew.
+A run is known by its name and by a digest of everything that its figures depend on; a run that is done is
+repeated only if that changed. The digest leaves out where files lie and values that equal their defaults, so
+neither a moved folder nor a setting that is new to the program repeats a run.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from fedoap.study.tables import Table, changed, nested
 
 RUN_FILE = "run.json"
 FOLD_SEEDS = 1000
-"""A fold's runs have seeds so far from the next one's."""
+"""Distance between the seeds of one fold's runs and the next one's."""
 PLACES = {"federation": {"coordinator": True}}
-"""What a run's simulation chooses itself, and must not be told."""
+"""What a simulation chooses itself, so that a run's file must not hold it."""
 
 
 class RunFile(Frozen):
@@ -37,9 +37,9 @@ class RunFile(Frozen):
     fold: int
     seed: int
     cut: dict[str, int] = Field(default_factory=dict)
-    """Training cases that a site is cut to, beside the grid's own runs."""
+    """Training cases that a site is cut to; empty in the grid's own runs."""
     trial: int | None = None
-    """Number of the trial that this is, in place of a run of the grid."""
+    """Number of the trial, if the run is one and not of the grid."""
     settings: dict[str, object]
     """Of the trial, or of the trial that was chosen."""
     organs: dict[str, str]

@@ -1,6 +1,6 @@
 """The datalists of a study's runs: one for each site and fold, written below the study's folder.
 
-Cases and patients have numbers there and no names, so that nothing that a run leaves can name one.
+They give cases and patients numbers instead of names, so that nothing that a run writes can name one.
 """
 
 import hashlib
@@ -24,25 +24,25 @@ class SiteList:
 
     path: Path
     digest: str
-    """Of what it lists, the same wherever the images lie."""
+    """Of what it lists, independent of where the images lie."""
     training: int
     """Cases to train on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """The datalists of a study: by fold and site, and those of unseen sites, which have no folds."""
+    """The datalists of a study by fold and site, and those of unseen sites, which have no folds."""
 
     sites: Mapping[tuple[int, str], SiteList]
     unseen: Mapping[str, SiteList]
 
     def of(self, fold: int, site: str) -> SiteList:
-        """Return a site's datalist in a fold; an unseen site's is its own in each."""
+        """Return a site's datalist in a fold; an unseen site has the same one in every fold."""
         return self.unseen[site] if site in self.unseen else self.sites[fold, site]
 
 
 def write_lists(study: Study, folder: Path) -> Lists:
-    """Leave all datalists, and the images of a partition, in a folder, and return where they are.
+    """Write all datalists, and the images of a partition, to a folder and return where they are.
 
     Raises:
         ConfigError: a datalist does not exist.
@@ -90,7 +90,7 @@ def _members(study: Study, name: str, roots: Mapping[str, SiteData], folder: Pat
 
 
 def _about(study: Study, name: str) -> object:
-    """Return what, beside the original images, makes a site's."""
+    """Return what a site's images depend on besides the originals."""
     hospital = study.hospital(name)
     return hospital and [study.config.split_seed, hospital.model_dump(mode="json")]
 

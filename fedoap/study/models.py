@@ -1,4 +1,4 @@
-"""The models that a run left in its folder, and how well they do on a site's cases, one by one."""
+"""The models in a run's folder, and how well each does on each of a site's cases."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ BEFORE = "before"
 
 @dataclass(frozen=True, slots=True)
 class CaseMeasures:
-    """One case's measures; `position` is its place in the split's list, from 0."""
+    """One case's measures; `position` is its index in the split's list, from 0."""
 
     position: int
     name: str
@@ -85,7 +85,7 @@ def keep_before(personal: Path, folder: Path) -> None:
 
 
 def record_before(model: ModelRecord, folder: Path) -> None:
-    """Leave the record of a model whose personal weights are kept in its folder; the rest is the shared one's."""
+    """Write the record of a model whose personal weights are in the folder; the rest is the shared model's."""
     record = model.model_copy(update={"personal": folder})
     (folder / MODEL).write_text(record.model_dump_json(indent=1), encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""One organ's patients shared out among several hospitals, whose scanners differ.
+"""One organ's patients divided among several hospitals, whose scanners differ.
 
-The images are made once and written below the study's folder, named by number. H W are an image's rows
-and columns; grey levels are in [0, 1].
+The images are made once and written below the study's folder, named by number. H and W are an image's rows
+and columns; grey levels lie in [0, 1].
 """
 
 import hashlib
@@ -27,13 +27,13 @@ MODES = ("L", "RGB")
 def shared_out(
     members: Sequence[Member], hospitals: Mapping[str, Hospital], *, seed: int, by_list: bool
 ) -> dict[str, tuple[Member, ...]]:
-    """Return each hospital's cases; patients that no share is for stay out.
+    """Return each hospital's cases; patients beyond the sum of the shares are left out.
 
     Args:
-        members: All cases of the site that is shared out.
+        members: All cases of the site that is divided.
         hospitals: Their names and shares.
         seed: Fixes who goes where.
-        by_list: Share out each list by itself, for studies that keep the datalist's own split.
+        by_list: Divide each list separately, for studies that keep the datalist's own split.
     """
     left = max(0.0, 1 - sum(each.share for each in hospitals.values()))
     shares = [*(each.share for each in hospitals.values()), left]
@@ -50,7 +50,7 @@ def shared_out(
 def acquired(grey: Floats, hospital: Hospital, noise: np.random.Generator) -> Floats:
     """Return an image (H, W) or (H, W, 3) as the hospital's scanner shows it.
 
-    First fewer pixels, spread over the same grid again, then gamma, contrast about the mean, noise.
+    First fewer pixels, interpolated to the same grid, then gamma, contrast about the mean, and noise.
     """
     coarse = _coarser(grey, hospital.resolution)
     curved = np.clip(coarse, 0, 1) ** hospital.gamma
@@ -61,10 +61,10 @@ def acquired(grey: Floats, hospital: Hospital, noise: np.random.Generator) -> Fl
 
 
 def written(members: Sequence[Member], hospital: Hospital, folder: Path, seed: int) -> tuple[Member, ...]:
-    """Return the cases with the images that the hospital's scanner made of theirs, which lie in the folder then.
+    """Return the cases with their images as the hospital's scanner shows them, which are written to the folder.
 
     Raises:
-        DataError: an image is no 8-bit picture of one file.
+        DataError: an image is not a single 8-bit picture.
         StorageError: the disk refused.
     """
     if hospital == Hospital(share=hospital.share):
@@ -108,7 +108,7 @@ def _read(source: Path | tuple[Path, ...], number: int) -> Floats:
 
 
 def _coarser(grey: Floats, resolution: float) -> Floats:
-    """Return the image with so many of its pixels along an edge, averaged, and interpolated back."""
+    """Return the image averaged to this share of its pixels along each edge, and interpolated back."""
     if resolution == 1:
         return grey
     from PIL import Image  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""What goes to and fro between the machines of a federation in one process: events, addressed."""
+"""What the machines of a federation in one process send each other: events with an address."""
 
 from dataclasses import dataclass
 from typing import TypeAlias

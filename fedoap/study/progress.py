@@ -1,4 +1,4 @@
-"""What a study shows of itself: bars on a terminal, a line for each run elsewhere, and the time left."""
+"""Progress of a study: bars on a terminal, elsewhere a line for each run, and the time left."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class StudyProgress:
     """One row for the whole study, one for each run under way; use it as a context.
 
-    The time left is the mean length of the runs that are done, over those to come, side by side.
+    The time left is the mean duration of the runs that are done, times the remaining ones over those at a time.
     """
 
     def __init__(self, console: Console, total: int, jobs: int, seconds: Sequence[float]) -> None:
@@ -38,7 +38,7 @@ class StudyProgress:
         self._progress.stop()
 
     def left(self) -> str:
-        """Return how long the study will take on, as far as that is known."""
+        """Return how much longer the study will take, as far as that is known."""
         if not self._left:
             return ""
         if not self._seconds:

@@ -18,7 +18,7 @@ WorkStage: TypeAlias = Literal["train", "calibrate", "local", "pooled"]
 
 
 class CaseRow(Frozen):
-    """One test case and what was asked to mark it."""
+    """One test case and how well a model marked it."""
 
     site: str
     split: Literal["test", "unseen"]
@@ -77,7 +77,7 @@ class RunResult(Frozen):
 
 
 def read_result(folder: Path, digest: str) -> RunResult | None:
-    """Return the figures of a run's folder, or nothing where it is not done or was made of something else.
+    """Return the figures of a run's folder; None if it is not done, or has another digest.
 
     Raises:
         ConfigError: the folder says that it is done, but its figures have another form.
@@ -94,7 +94,7 @@ def read_result(folder: Path, digest: str) -> RunResult | None:
 
 
 def write_result(folder: Path, result: RunResult, digest: str) -> None:
-    """Leave the figures of a run in its folder, `done` last."""
+    """Write the figures of a run to its folder, `done` last."""
     for name, text in ((RESULT_FILE, result.model_dump_json(indent=1)), (DONE, digest)):
         part = folder / f"{name}.part"
         with part.open("w", encoding="utf-8") as file:

@@ -1,9 +1,8 @@
 """One run of a study, a process of its own: `python -m fedoap.study.run FOLDER CACHE`.
 
 The folder holds `run.json`. Lines of progress go to standard output, everything else to standard error.
-The figures are left in `result.json`, and `done` is written last; the models are not kept, pictures
-of some cases are. Exit code 2
-means that the last line of standard error says what to set right.
+The figures are written to `result.json`, and `done` last of all; the models are not kept, pictures of some
+cases are. Exit code 2 means that the last line of standard error says what has to be corrected.
 """
 
 # ruff: noqa: PLC0415
@@ -33,7 +32,7 @@ PICTURES = "evaluation"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out the run whose folder is named and return the exit code: 2 where someone can set it right."""
+    """Carry out the run of the folder that is named and return the exit code: 2 if the user can mend what failed."""
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) != 2:
         sys.stderr.write("usage: python -m fedoap.study.run FOLDER CACHE\n")
@@ -66,7 +65,7 @@ def carry_out(run: RunFile, folder: Path, cache: Path) -> RunResult:
     task = Task(config, models, folder / PICTURES, cache, Reporter())
     course = course_of(task)
     rounds = course.train()
-    # what a trial decides must not have seen a test case
+    # a choice that trials decide must not have seen a test case
     cases = () if run.trial is not None else tuple(tested(task, course))
     shutil.rmtree(models, ignore_errors=True)
     return RunResult(

@@ -1,8 +1,8 @@
-"""Carries out a study: what is not done yet, so many runs at a time, and the tables of what is.
+"""Carries out a study: the runs that are not done yet, several at a time, and the tables of those that are.
 
-First the trials of a search, then the grid with the settings that they chose. A run works in a folder of
-its own that takes its place once it is done, so whatever moment this is ended at, starting again goes
-on with the runs that are missing and ends with the same tables.
+The trials of a search come first, then the grid with the settings that they chose. A run works in a folder of
+its own, which is moved to its place once the run is done. So this may be ended at any moment: started again, it
+continues with the missing runs and ends with the same tables.
 """
 
 import math
@@ -58,7 +58,7 @@ class Outcome:
 def run_study(
     study: Study, out: Path, options: Options, console: Console, executors: Executors = open_executor
 ) -> Outcome:
-    """Leave the figures of all runs, and their tables, in a folder, as far as the options let it come.
+    """Write the figures of all runs, and their tables, to a folder, as far as the options allow.
 
     `executors` opens what runs are started with.
 
@@ -132,7 +132,7 @@ class _Course:
             yield self._grid.run(variant, settings, 0, seed, trial=number)
 
     def _choice(self, variant: str) -> tuple[int | None, Table] | None:
-        """Return the trial whose settings a variant has, none where it has no search; nothing while one is missing."""
+        """Return a variant's chosen trial (None without a search) and its settings; None while a trial is missing."""
         runs = list(self._trials(searched_by(self._grid.study.config.search, variant)))
         if not runs:
             return None, {}
@@ -154,7 +154,7 @@ class _Course:
         yield from self._chosen_runs(self._variants)
 
     def _main_runs(self, progress: StudyProgress) -> list[RunFile]:
-        """Return the grid's runs: one fold of all variants after the other, those with fewer cases last."""
+        """Return the grid's runs: all variants of one fold after the other, those with fewer cases last."""
         missing = [variant for variant in self._variants if self._choice(variant) is None]
         if missing:
             progress.say(f"not run, as trials are missing: {', '.join(missing)}")
@@ -191,7 +191,7 @@ class _Course:
         progress.failed(run.name, fault or "it left no figures")
 
     def _result(self, run: RunFile) -> RunResult | None:
-        # a run that is done is read once; settings that a trial chose may be others than those first asked for
+        # a run that is done is read once; the digest is part of the key, as trials may change a run's settings
         key = f"{run.name} {run.digest}"
         if self._results.get(key) is None:
             self._results[key] = self._folder.result(run)

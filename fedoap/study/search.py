@@ -1,6 +1,6 @@
-"""The same small search for each variant: trials on the first fold and seed, judged on validation Dice alone.
+"""The same small search for each variant: trials on the first fold and seed, judged by validation Dice alone.
 
-Which trials there are follows from the study's file; test cases play no part in what is chosen.
+The trials follow from the study's file; test cases have no influence on what is chosen.
 """
 
 import itertools
@@ -14,10 +14,10 @@ from fedoap.study.tables import Table, nested
 
 
 def trials(study: Study, variant: str) -> tuple[Table, ...]:
-    """Return the settings of a variant's trials, none where it has no search of its own.
+    """Return the settings of a variant's trials, none if it has no search of its own.
 
     Raises:
-        ConfigError: the settings combine to fewer than the trials of all others.
+        ConfigError: its settings have fewer combinations than there are trials.
     """
     search = study.config.search
     if search is None or variant in search.like:
@@ -62,7 +62,7 @@ def best(dice: Sequence[Mapping[str, float]]) -> int:
 
 
 def variants_in_order(study: Study, only: Sequence[str]) -> Iterator[str]:
-    """Yield the variants that are asked for, in the file's order; all where none is.
+    """Yield the variants that are asked for, or all, in the file's order.
 
     Raises:
         ConfigError: there is no such variant.

@@ -1,4 +1,4 @@
-"""A site of a federation in one process: its real machine, results and worker, without a line and a process.
+"""A site of a federation in one process: its real machine, results and worker, without network or processes.
 
 The worker does its job where the machine asks for it, and the machine hears of its end before anything
 else happens. What a job leaves in the process does not reach the next one: see `quiet_process`.
@@ -38,7 +38,7 @@ from fedoap_node.results import Result, Results
 from fedoap_node.workshop import Workshop
 
 KEPT_BYTES = 2**27
-"""Of a site's prepared cases, which stay in memory from job to job: many sites share this process."""
+"""Of a site's prepared cases that stay in memory from job to job; limited, as many sites share this process."""
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class StudySite:
         return [post for effect in self._machine.handle(event, now) for post in self._do(effect)]
 
     def upload(self, upload: bytes) -> Path | None:
-        """Return where the tensors of the result on offer lie, nothing where it has none or is another."""
+        """Return where the tensors of this upload lie; None if it has none, or is not the one on offer."""
         done = self._done.get(upload)
         return done.path if done else None
 

@@ -1,4 +1,4 @@
-"""The tidy tables of a study: one row a fact, sorted, the same bytes for the same figures."""
+"""The tidy tables of a study: one row per observation, sorted; the same figures give the same bytes."""
 
 import csv
 import io
@@ -31,12 +31,12 @@ SEARCHED = "tuning.csv"
 
 
 def write_tables(folder: Path, done: Sequence[Done], chosen: Mapping[str, int], *, searched: bool) -> None:
-    """Leave the tables of all runs that are done in a folder, each in one move.
+    """Write the tables of all runs that are done to a folder, replacing each at once.
 
     Args:
         folder: The study's.
         done: Runs and their figures.
-        chosen: The trial that each variant was given the settings of.
+        chosen: For each variant, the trial whose settings it uses.
         searched: Whether there is a search, and hence a table of it.
     """
     grid = [(run, result) for run, result in done if run.trial is None and not run.cut]
@@ -61,7 +61,7 @@ def _cases(done: Iterable[Done]) -> Iterable[Row]:
 
 
 def _cut_cases(done: Iterable[Done]) -> Iterable[Row]:
-    """Yield the rows of the site that was cut; those of its peers would stand beside the grid's own."""
+    """Yield only the rows of the site that was cut: its peers have rows of their own in the grid."""
     for run, result in done:
         kept = tuple(row for row in result.cases if row.site in run.cut)
         yield from _cases([(run, result.model_copy(update={"cases": kept}))])
@@ -93,7 +93,7 @@ def _about(result: RunResult) -> Row:
 
 
 def _order(row: Row) -> tuple[tuple[bool, str, float], ...]:
-    """Return what rows are sorted by: numbers as numbers, and nothing before all else."""
+    """Return the key that rows are sorted by: empty cells first, numbers as numbers."""
     return tuple(
         (cell is not None, cell, 0.0) if isinstance(cell, str) else (cell is not None, "", cell or 0.0) for cell in row
     )

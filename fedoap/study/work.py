@@ -99,7 +99,7 @@ def check_worker(site: str, config: SiteConfig) -> None:
 
 @contextmanager
 def quiet_process(threads: int = 0) -> Iterator[None]:
-    """Within, PyTorch has so many threads, or what the job chooses; after it the process is as it was."""
+    """Within the context PyTorch has so many threads, or what the job chooses; after it, as many as before."""
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)

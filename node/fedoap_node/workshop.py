@@ -1,7 +1,8 @@
 """Where a worker does its jobs: a job's cases, model and bank in, tensors, personal state and figures out.
 
-From one job of a site to the next it keeps the prepared cases in memory and the GPU's context, nothing
-else. `result.json` is written last and in one move, so a job that is ended at any moment leaves none.
+From one job of a site to the next it keeps the prepared cases, the GPU's context and the networks, whose
+weights each job sets anew, and nothing else. `result.json` is written last and in one move, so a job that is
+ended at any moment leaves none.
 Started by `torch.distributed.run`, the processes share each batch and the first one writes.
 PyTorch is imported when there is a job.
 """
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from fedoap.config import Plan
 from fedoap.errors import ConfigError, StorageError, TrainingError
 from fedoap.manifests import Dtype
 from fedoap.tensors import write_blob
@@ -61,6 +63,38 @@ class Outcome:
     personal: Personal | None = None
 
 
+@dataclass(slots=True)
+class _Networks:
+    """The networks of the last job, for the next one to fill: to build them takes longer than a few steps."""
+
+    model: "SiteModel | None" = None
+    plan: Plan | None = None
+
+    def filled(self, job: Job, place: "Workplace") -> "SiteModel":
+        """Return them with the job's shared weights and a new site's personal ones, built where the plan is another.
+
+        Raises:
+            ConfigError: the job names no model, but works on one.
+        """
+        from fedoap.segmentation.modelfolder import read_files
+        from fedoap.segmentation.sitemodel import SiteModel
+
+        if job.model is None:
+            if job.kind != "init":
+                raise ConfigError(f"job {job.kind}: names no model, but works on one")
+            return SiteModel(job.plan).to(place.device)
+        if self.model is None or self.plan != job.plan:
+            self.model, self.plan = SiteModel(job.plan, blank=True), job.plan
+        self.model.load_shared(read_files(job.model))
+        self.model.reset_personal()
+        return self.model.to(place.device)
+
+    def drop_gradients(self) -> None:
+        """Let go of what only a job under way needs."""
+        if self.model is not None:
+            self.model.zero_grad(set_to_none=True)
+
+
 class Workshop:
     """Does one job after the other; the cases that it prepared for one stand ready for the site's next.
 
@@ -72,6 +106,7 @@ class Workshop:
         self._keeps = keeps
         self._place: Workplace | None = None
         self._made_of: tuple[object, ...] = ()
+        self._networks = _Networks()
 
     def carry_out(self, job: Job, report: "Report") -> None:
         """Leave the job's result in its output folder, `result.json` last.
@@ -84,13 +119,14 @@ class Workshop:
         start = time.monotonic()
         place = self._open(job, report)
         try:
-            outcome = _outcome(job, place)
+            outcome = _outcome(job, place, self._networks)
         except torch.OutOfMemoryError:
             text = "lower training.batch_size, data.patch, data.size or network.width"
             raise TrainingError(f"site {job.site}: {job.kind} needs more GPU memory than there is; {text}") from None
         if outcome is not None:
             metrics = outcome.metrics | {"seconds": time.monotonic() - start}
             _write(job, outcome, JobResult(cases=len(place.training), metrics=metrics))
+        self._networks.drop_gradients()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
         self._place = place if place.ready.nbytes <= self._keeps else None
@@ -119,26 +155,26 @@ def _made_of(job: Job, place: "Workplace") -> tuple[object, ...]:
     return job.site, job.plan, job.data, job.worker, job.cache, *map(file_states, files)
 
 
-def _outcome(job: Job, place: "Workplace") -> Outcome | None:
+def _outcome(job: Job, place: "Workplace", networks: _Networks) -> Outcome | None:
     """Return what the job leaves behind, or nothing where another process leaves it."""
     if job.kind in ("init", "seed", "bank"):
-        return _prepare(job, place) if place.leads else None
+        return _prepare(job, place, networks) if place.leads else None
     if place.ranks == 1:
-        return _train(job, place)
+        return _train(job, place, networks)
     import torch.distributed as dist
 
     dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        outcome = _train(job, place)
+        outcome = _train(job, place, networks)
     finally:
         dist.destroy_process_group()
     return outcome if place.leads else None
 
 
-def _prepare(job: Job, place: "Workplace") -> Outcome:
+def _prepare(job: Job, place: "Workplace", networks: _Networks) -> Outcome:
     from fedoap.segmentation.banksums import TokenSource, bank_sums, seed_sums
 
-    model = _model(job, place)
+    model = networks.filled(job, place)
     if job.kind == "init":
         return Outcome({}, model.shared_state(), job.plan.wire.dtype)
     source = TokenSource(model.shared, place.training, place.data, place.plan, place.cache, place.device)
@@ -150,7 +186,7 @@ def _prepare(job: Job, place: "Workplace") -> Outcome:
     return Outcome({}, bank_sums(source, bank.keys.transpose(0, 1).flatten(1)))
 
 
-def _train(job: Job, place: "Workplace") -> Outcome:
+def _train(job: Job, place: "Workplace", networks: _Networks) -> Outcome:
     from fedoap.params import PERSONAL_PREFIX
     from fedoap.segmentation.calibration import calibrate, train_alone
     from fedoap.segmentation.training import site_optimizer, train_round
@@ -158,7 +194,7 @@ def _train(job: Job, place: "Workplace") -> Outcome:
     if job.kind == "local":
         network, metrics = train_alone(place)
     else:
-        model, bank = _model(job, place), _bank(job, place)
+        model, bank = networks.filled(job, place), _bank(job, place)
         optimizer = site_optimizer(model, place)
         _take_up(job, model, optimizer)
         if job.kind == "train":
@@ -169,19 +205,6 @@ def _train(job: Job, place: "Workplace") -> Outcome:
         network, metrics = calibrate(model, bank, place)
     weights = {PERSONAL_PREFIX + name: value.detach().cpu().numpy() for name, value in network.named_parameters()}
     return Outcome(metrics, personal=Personal(weights, {}, job.kind, job.round, int(metrics["steps"])))
-
-
-def _model(job: Job, place: "Workplace") -> "SiteModel":
-    from fedoap.segmentation.modelfolder import read_files
-    from fedoap.segmentation.sitemodel import SiteModel
-
-    model = SiteModel(job.plan, blank=job.model is not None)
-    if job.model is not None:
-        model.load_shared(read_files(job.model))
-    elif job.kind != "init":
-        raise ConfigError(f"job {job.kind}: names no model, but works on one")
-    model.reset_personal()
-    return model.to(place.device)
 
 
 def _bank(job: Job, place: "Workplace") -> "Bank | None":
@@ -238,13 +261,12 @@ def _write(job: Job, outcome: Outcome, result: JobResult) -> None:
 
 def _write_personal(folder: Path, personal: Personal) -> None:
     from safetensors.numpy import save_file
-    from safetensors.torch import save_file as save_tensors
 
     from fedoap.segmentation.modelfolder import PERSONAL_FILE
 
     folder.mkdir(exist_ok=True)
     save_file(dict(personal.weights), folder / PERSONAL_FILE)
     if personal.moments:
-        save_tensors(dict(personal.moments), folder / OPTIMIZER_FILE)
+        save_file({name: moment.numpy() for name, moment in personal.moments.items()}, folder / OPTIMIZER_FILE)
     state = {"stage": personal.stage, "round": personal.round, "step": personal.step}
     (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")

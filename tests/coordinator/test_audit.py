@@ -11,9 +11,10 @@ from fedoap.errors import ConfigError
 from fedoap_coordinator.audit import audit, audit_lines
 from fedoap_coordinator.cli import cli
 from fedoap_coordinator.downloads import Downloads
-from fedoap_coordinator.evidence import read_evidence
+from fedoap_coordinator.evidence import DamagedError, read_evidence
 from fedoap_coordinator.folder import open_ledger
-from fedoap_coordinator.ledger import Download, Ledger
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Download
 from ran_federation import SITES, config_of, run_federation
 from tests.coordinator.conftest import LONG_AGO, Clock
 
@@ -95,6 +96,25 @@ def test_the_command_prints_lines_or_json_for_all_or_one(ran: FederationConfig) 
 def test_a_site_that_never_was_is_an_error(ran: FederationConfig) -> None:
     with pytest.raises(ConfigError, match="hospital_x: is no site of federation demo; these are: hospital_a"):
         audit(ran, "hospital_x")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("update updates set stored=1e300", "1e[+]300 is no time"),
+        ("update updates set packed=x'00'", "upload: keys or types are not those of version 1"),
+        ("update updates set task=x'00' where rowid=1", "updates names task 00, which tasks lacks"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_told_in_one_line(tmp_path: Path, change: str, reason: str) -> None:
+    """Planted bug: any error at all, ours too, is laid to the ledger, and nobody is told which."""
+    config = config_of(tmp_path / "state")
+    run_federation(config)
+    with open_ledger(config) as ledger:
+        ledger._run(change)
+
+    with pytest.raises(DamagedError, match=f"ledger is damaged: {reason}; fedoap-coordinator verify says where"):
+        audit(config)
 
 
 def test_a_blob_is_in_the_ledger_before_its_first_byte_leaves(ledger: Ledger, clock: Clock) -> None:

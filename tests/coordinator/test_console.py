@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from fedoap.protocol.events import Note
 from fedoap.protocol.status import SiteStatus, Status
 from fedoap_coordinator.console import PlainConsole, TableConsole, View, open_console, sentence, waited_for
-from fedoap_coordinator.journal import Journal
+from fedoap_coordinator.journal import LINES_A_MINUTE, Journal
 from tests.coordinator.conftest import Clock
 
 NOON = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
@@ -117,6 +117,19 @@ def test_the_table_shows_pace_and_time_left() -> None:
     assert "round 3 of 20" in drawn
 
 
+@pytest.mark.parametrize(("stage", "steps"), [("[/]", 50), ("[link=x]", 50), ("train", 2**31)])
+def test_no_progress_that_a_site_may_report_ends_the_console(stage: str, steps: int) -> None:
+    """Planted bugs: a stage is read as markup; the time left is more than a `timedelta` holds."""
+    out = io.StringIO()
+    console = TableConsole(Terminal(file=out, force_terminal=True, width=120))
+    for step, now in ((0, 0.0), (1, 100_000.0)):
+        console.show(View(status(replace(WORKING, stage=stage, step=step, steps=steps)), {}, now))
+    console.close()
+
+    assert stage in out.getvalue()
+    assert f"1/{steps}" in out.getvalue()
+
+
 def test_the_console_suits_the_terminal() -> None:
     table = open_console(Terminal(file=io.StringIO(), force_terminal=True), Clock())
 
@@ -139,6 +152,19 @@ def test_the_log_is_json_with_time_level_and_event(tmp_path: Path) -> None:
         "endpoint": "tcp://127.0.0.1:7",
     }
     assert (second["level"], second["reason"]) == ("warning", "no\nspace")
+
+
+def test_no_site_can_fill_the_log_by_what_is_no_refusal(tmp_path: Path) -> None:
+    """Planted bug: each `progress` that a site sends, and each `bye` and `hello`, is a line."""
+    clock = Clock()
+    with Journal(tmp_path / "log.jsonl", clock) as journal:
+        flooded = [journal.write(progress(step)) for step in range(LINES_A_MINUTE + 7)]
+        other = journal.write(Note("site_joined", {"site": "hospital_b"})), journal.write(Note("finished"))
+        clock.now += 60.0
+        later = journal.write(progress(0))
+
+    assert sum(flooded) == LINES_A_MINUTE
+    assert (*other, later) == (True, True, True)
 
 
 @pytest.mark.parametrize(("refusals", "lines"), [(5, 5), (1000, 15)])

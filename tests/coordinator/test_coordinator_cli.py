@@ -99,10 +99,10 @@ def test_a_part_that_no_network_has_is_refused_before_a_site_is_asked(fed_toml: 
     ("settings", "text"),
     [
         ('name = "fedaverage"', "strategy.name is fedaverage, which is no known strategy; did you mean fedavg?"),
-        ('name = "pooled"', "strategy.name is pooled, which no coordinator runs: it takes all images to one place"),
+        ('name = "pooled"', "strategy.name is pooled, which no coordinator runs: it needs all images in one place"),
         (
             'name = "fedavg", server_beta2 = 0.9',
-            "strategy.server_beta2 is 0.9, but fedavg has no use for it; fedadagrad",
+            "strategy.server_beta2 is 0.9, but fedavg does not use it; fedadagrad",
         ),
     ],
 )

@@ -168,5 +168,9 @@ def test_a_plan_may_change_until_the_first_exchange_and_not_after(config: Federa
     ledger.open_task(b"t" * 32, manifest.pack(), b"s" * 64, 1.0)
 
     check_plan(ledger, other)
+    ledger.set_fact("plan", b"{" + other.plan.to_bytes())
+    with pytest.raises(StorageError, match=r"ledger is damaged: facts\.plan is no JSON; fedoap-coordinator verify"):
+        check_plan(ledger, other)
+    ledger.set_fact("plan", other.plan.to_bytes())
     with pytest.raises(ConfigError, match=r"rounds\.count is 20, but the run in .* was begun with 7: set it back"):
         check_plan(ledger, config)

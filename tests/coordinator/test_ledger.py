@@ -13,9 +13,10 @@ from fedoap.errors import ConfigError, DiskError, StorageError
 from fedoap.identity import Member
 from fedoap.manifests import BlobManifest, TaskManifest, UploadManifest
 from fedoap.protocol.events import RecordClosed
-from fedoap_coordinator.damage import ledger_error
+from fedoap_coordinator.damage import ledger_error, told
 from fedoap_coordinator.ledger import Ledger
-from tests.coordinator.conftest import FEDERATION_KEYS, notary
+from fedoap_coordinator.rows import Cell
+from tests.coordinator.conftest import FEDERATION_KEYS, Maker, notary
 
 
 def test_every_commit_reaches_the_disk_before_the_method_returns(ledger: Ledger) -> None:
@@ -59,6 +60,15 @@ def test_revoking_voids_open_invitations_and_says_when_there_was_nothing(ledger:
     assert ledger.revoke("hospital_a", 2.0)
     assert ledger.invites()[0].withdrawn
     assert not ledger.revoke("hospital_b", 2.0)
+
+
+def test_a_token_withdrawn_a_moment_ago_lets_nobody_in(ledger: Ledger, member: Callable[[str], Member]) -> None:
+    """Planted bug: `revoke` in another process, while a request under the token is looked at, shuts nobody out."""
+    ledger.add_invite(b"t" * 32, "hospital_a", 1.0, 100)
+    ledger.revoke("hospital_a", 2.0)
+
+    assert not ledger.enrol(b"t" * 32, member("hospital_a"), 3.0)
+    assert ledger.roster().members == ()
 
 
 def test_another_processs_change_shows_in_the_version_and_ones_own_does_not(ledger: Ledger, state: Path) -> None:
@@ -184,18 +194,64 @@ def test_a_ledger_locked_for_too_long_is_said(state: Path, ledger: Ledger) -> No
     holder.close()
 
 
-def test_a_row_that_makes_no_sense_is_told_in_one_line(ledger: Ledger) -> None:
-    """Planted bug: a traceback from wherever the row was parsed."""
-    ledger.open_task(b"t" * 32, b"no manifest", b"s" * 64, 1.0)
-    damaged = (
-        r"fed\.sqlite: ledger is damaged: .*; fedoap-coordinator verify says where; put the whole state folder back"
-    )
+LOOKS: dict[str, Callable[[Ledger], object]] = {
+    "facts": lambda ledger: ledger.fact("epoch"),
+    "members": Ledger.roster,
+    "invites": Ledger.invites,
+    "tasks": Ledger.tasks,
+    "updates": lambda ledger: ledger.updates(b"t" * 32),
+    "parts": Ledger.parts,
+    "published": lambda ledger: (ledger.kept(), ledger.published(b"b" * 32)),
+}
+"""Where the rows of each table are read."""
 
-    with pytest.raises(StorageError, match=damaged):
-        ledger.tasks()
-    ledger._run("update tasks set packed=7")
-    with pytest.raises(StorageError, match=damaged):
-        ledger.tasks()
+
+@pytest.mark.parametrize(
+    ("column", "cells"),
+    [
+        ("facts.value", ["text", 7]),
+        ("members.site", [b"hospital_a"]),
+        ("members.curve_key", ["text"]),
+        ("invites.expires", ["soon"]),
+        ("tasks.packed", [7, b"no manifest"]),
+        ("tasks.opened", ["once"]),
+        ("tasks.closed", [b"once"]),
+        ("tasks.outcome", ["dome"]),
+        ("tasks.result", [1.5]),
+        ("updates.packed", ["text", b"no manifest"]),
+        ("updates.stored", ["once"]),
+        ("updates.upload", ["text"]),
+        ("parts.signature", [7]),
+        ("parts.at", [0, -1, 7, 1 << 40, "far"]),
+        ("published.blob", ["text"]),
+        ("published.manifest", [7, b"no manifest"]),
+    ],
+)
+def test_a_cell_that_makes_no_sense_is_told_in_one_line(
+    ledger: Ledger, make: Maker, column: str, cells: list[Cell]
+) -> None:
+    """Planted bugs: a traceback from wherever the row was parsed, or a value of another type handed on."""
+    (table, name), look = column.split("."), LOOKS[column.partition(".")[0]]
+    task, upload = make.task("init", 0), make.upload(b"t" * 32, "hospital_a", make.blob(size=300_000)[1])
+    ledger.set_fact("epoch", b"1")
+    ledger.add_invite(b"i" * 32, "hospital_a", 1.0, 9)
+    ledger.enrol(b"i" * 32, Member("hospital_a", b"c" * 32, b"s" * 32), 1.0)
+    ledger.open_task(b"t" * 32, task.pack(), b"s" * 64, 1.0)
+    ledger.add_update(b"u" * 32, "hospital_a", upload, b"s" * 64, 1.0)
+    ledger.record_part(b"u" * 32, "hospital_a", upload, b"s" * 64, upload.blob.chunk_bytes)
+    ledger._run("insert into published values(?,?,null,1.0,1)", b"b" * 32, upload.blob.pack())
+    look(ledger)
+
+    for cell in cells:
+        ledger._run(f"update {table} set {name}=?", cell)  # noqa: S608 - our own words
+        with pytest.raises(StorageError, match=r"fed\.sqlite: ledger is damaged: .*; fedoap-coordinator verify says"):
+            look(ledger)
+
+
+def test_a_bug_of_our_own_is_not_called_damage(ledger: Ledger) -> None:
+    """Planted bug: whatever TypeError or ValueError comes up while rows are read is laid to the disk."""
+    with pytest.raises(TypeError), told(ledger.path):
+        raise TypeError("a bug")
 
 
 def test_a_damaged_page_is_told_wherever_it_is_met(tmp_path: Path) -> None:

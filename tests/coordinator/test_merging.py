@@ -240,12 +240,15 @@ def test_a_site_beyond_the_norm_bound_is_named_with_figures_and_the_others_merge
 
 
 def test_a_killed_process_is_a_failed_aggregation(state: Path, store: Store, make: Maker, merging: Merging) -> None:
+    """Planted bug: what it wrote last, perhaps long ago and of no weight, is given as the reason."""
     merging.start(task(make, (stored(store, make, "hospital_a", 2.0),), make.task("init", 0)))
     running = merging._running
     assert running is not None
+    merging._errors.write(b"RuntimeWarning: in an earlier job\n")
+    merging._errors.flush()
     os.kill(running.process.pid, signal.SIGKILL)
 
-    assert outcome(merging) == AggregateFailed(b"t" * 32, "the aggregation process ended with code -9")
+    assert outcome(merging) == AggregateFailed(b"t" * 32, "the aggregation process was ended by signal 9 (Killed)")
 
 
 def test_stopping_ends_the_process_and_leaves_nothing(state: Path, store: Store, make: Maker, merging: Merging) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import socket
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -140,6 +141,21 @@ def test_a_client_that_says_nothing_keeps_nobody_waiting(server: MetricsServer) 
 
         assert parsed(fetch(server)[1])
         assert time.monotonic() - began < CLIENT_SECONDS / 2
+
+
+def test_a_client_that_hangs_up_writes_nothing_over_the_console(
+    server: MetricsServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Planted bug: a traceback for each scan of the port."""
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"GET ")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with pytest.raises(urllib.error.HTTPError, match="503"):  # by now the other thread has seen the reset
+        fetch(server)
+    time.sleep(0.1)
+
+    assert capsys.readouterr().err == ""
 
 
 def test_a_port_alone_is_this_machines_own() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fedoap.errors import StorageError
 from fedoap.manifests import UploadManifest
 from fedoap.protocol.events import (
     Arriving,
@@ -26,8 +27,9 @@ from fedoap.protocol.events import (
     SyncPart,
     WritePart,
 )
-from fedoap.seal import sealed_at
-from fedoap_coordinator.ledger import Ledger, Value
+from fedoap.seal import TAG_BYTES, sealed_at
+from fedoap_coordinator.ledger import Ledger
+from fedoap_coordinator.rows import Cell
 from fedoap_coordinator.store import Store, StoreEffect
 from tests.coordinator.conftest import EXCHANGE, Maker, open_store
 
@@ -203,12 +205,41 @@ def test_a_part_that_is_gone_when_it_is_to_go_on_is_begun_anew(state: Path, sent
         assert store.ledger.parts() == ()
 
 
+def test_a_part_that_was_cut_short_is_gone_with_its_row_when_it_is_to_go_on(state: Path, sent: Sent) -> None:
+    """Planted bug: part, row and an open descriptor stay until the site offers the upload again, if it ever does."""
+    with opened(state) as store:
+        for effect in (sent.opened, sent.open(), sent.write(0), sent.sync(MIB)):
+            store.apply(effect)
+    os.truncate(state / "parts" / sent.name.hex(), MIB + TAG_BYTES)
+    with opened(state) as store:
+        open_files = len(list(Path("/proc/self/fd").iterdir()))
+
+        answer = store.apply(sent.open(MIB))
+
+        assert isinstance(answer, StoreFailed)
+        assert answer.code == "corrupt"
+        assert len(list(Path("/proc/self/fd").iterdir())) == open_files
+        assert store.ledger.parts() == ()
+        assert list((state / "parts").iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["parts", "blobs", "seals", "spares"])
+def test_a_folder_among_the_coordinators_files_is_told_in_words(state: Path, folder: str) -> None:
+    """Planted bug: `the system refused: Is a directory`, and what to do about it is anybody's guess."""
+    with opened(state):
+        pass
+    (state / folder / "copies").mkdir()
+
+    with pytest.raises(StorageError, match=f"{folder}/copies: is a folder, .*: move it away"), opened(state):
+        pass
+
+
 def test_what_is_written_is_on_its_way_to_the_disk_long_before_it_is_synced(
     state: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted bug: only at offsets that are multiples of the step, which sealed chunks never end at."""
     started: list[tuple[int, int]] = []
-    monkeypatch.setattr("fedoap_coordinator.blobs.WRITE_BACK_BYTES", MIB)
+    monkeypatch.setattr("fedoap.tensors.WRITE_BACK_BYTES", MIB)
     monkeypatch.setattr(os, "posix_fadvise", lambda _, at, size, __: started.append((at, size)))
     with opened(state) as store:
         for effect in (sent.opened, sent.open(), sent.write(0), sent.write(MIB), sent.write(2 * MIB)):
@@ -231,7 +262,7 @@ def test_an_offset_is_recorded_only_after_the_data_and_the_name_are_on_the_disk(
     def name(folder: Path) -> None:
         order.append(folder.name)
 
-    def run(self: Ledger, sql: str, *values: Value) -> sqlite3.Cursor:
+    def run(self: Ledger, sql: str, *values: Cell) -> sqlite3.Cursor:
         order.append("row")
         return real_run(self, sql, *values)
 

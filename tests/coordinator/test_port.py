@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from fedoap.errors import ConfigError, MessageError
-from fedoap.identity import Member, Roster, curve_keys
+from fedoap.identity import KeyPair, Member, Roster, curve_keys
 from fedoap.messages import (
     CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
@@ -23,7 +23,7 @@ from fedoap.messages import (
     encode,
 )
 from fedoap.protocol.events import SendBlob
-from fedoap_coordinator.port import CHUNKS_IN_ALL, CHUNKS_PER_ROUTE, CONFIRM_SECONDS, RECEIVE_QUEUE, Arrived, Port
+from fedoap_coordinator.port import CHUNKS_IN_ALL, CHUNKS_PER_SITE, CONFIRM_SECONDS, RECEIVE_QUEUE, Arrived, Port
 from fedoap_coordinator.zap import Doors, Zap
 
 Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
@@ -74,10 +74,10 @@ class Link:
         return got
 
 
-def dealer(context: Context, endpoint: str) -> "zmq.Socket[bytes]":
+def dealer(context: Context, endpoint: str, keys: KeyPair = SITE) -> "zmq.Socket[bytes]":
     site = context.socket(zmq.DEALER)
     site.linger, site.rcvhwm = 0, 2
-    site.curve_serverkey, site.curve_publickey, site.curve_secretkey = SERVER.public, SITE.public, SITE.secret
+    site.curve_serverkey, site.curve_publickey, site.curve_secretkey = SERVER.public, keys.public, keys.secret
     site.connect(endpoint)
     return site
 
@@ -168,7 +168,7 @@ def test_an_unread_flood_of_one_site_is_bounded(link: Link) -> None:
 
 def test_a_blob_arrives_whole_and_in_order(link: Link) -> None:
     route = link.route()
-    link.port.send_blob(SendBlob(route, BLOB, 0, 3 * CHUNK_BYTES + 77))
+    link.port.send_blob(SendBlob(route, BLOB, 0, 3 * CHUNK_BYTES + 77), "hospital_a")
 
     assert link.collect(3 * CHUNK_BYTES + 77) == link.source.blob[: 3 * CHUNK_BYTES + 77]
     assert link.port.pump() == "idle"
@@ -178,19 +178,19 @@ def test_ranges_asked_for_one_after_the_other_arrive_in_that_order(link: Link) -
     """Planted bug: a chunk of each range in turn, which the site takes for loss and asks for again."""
     route = link.route()
     for start in range(0, 12, 4):
-        link.port.send_blob(SendBlob(route, BLOB, start * CHUNK_BYTES, (start + 4) * CHUNK_BYTES))
+        link.port.send_blob(SendBlob(route, BLOB, start * CHUNK_BYTES, (start + 4) * CHUNK_BYTES), "hospital_a")
 
     assert link.collect(12 * CHUNK_BYTES) == link.source.blob[: 12 * CHUNK_BYTES]
 
 
 def test_a_site_that_does_not_read_is_sent_no_more_than_its_share(link: Link) -> None:
-    """Planted bug: without the limit for each route, libzmq's queue takes all 65 chunks."""
+    """Planted bug: without the limit for each site, libzmq's queue takes all 65 chunks."""
     route = link.route()
-    link.port.send_blob(SendBlob(route, BLOB, 0, len(link.source.blob)))
+    link.port.send_blob(SendBlob(route, BLOB, 0, len(link.source.blob)), "hospital_a")
     states = {link.port.pump() for _ in range(2000)}
 
     # What the two TCP buffers and the reader's queue hold has left libzmq's memory on our side.
-    assert len(link.source.reads) < 40 + CHUNKS_PER_ROUTE
+    assert len(link.source.reads) < 40 + CHUNKS_PER_SITE
     assert "blocked" in states
     assert link.collect(len(link.source.blob)) == link.source.blob
 
@@ -210,7 +210,7 @@ def test_peers_that_say_nothing_are_sent_no_more_than_all_may_hold(context: Cont
         assert port.socket.poll(5000)
         routes += [arrived.route for arrived in port.receive()]
     for route in routes:
-        port.send_blob(SendBlob(route, BLOB, 0, CHUNK_BYTES))
+        port.send_blob(SendBlob(route, BLOB, 0, CHUNK_BYTES), route.hex())
 
     at_first = pumped(port, source)
     dealers[0].send_multipart([encode(Bye()), b""])
@@ -230,6 +230,40 @@ def test_peers_that_say_nothing_are_sent_no_more_than_all_may_hold(context: Cont
     zap.stop()
 
 
+@pytest.mark.parametrize("crowd", [8, 1])
+def test_peers_that_do_not_read_leave_room_for_one_that_does(context: Context, crowd: int) -> None:
+    """Planted bug: six connections with four chunks each, of as many slow sites or of one, hold all that there is."""
+    keys = [curve_keys(bytes([number]) * 32) for number in range(crowd + 1)]
+    members = tuple(Member(f"hospital_{number}", key.public, b"s" * 32) for number, key in enumerate(keys))
+    zap = Zap(context, Doors.of(Roster(1, members), ()))
+    zap.start()
+    source = Source(os.urandom(32 * CHUNK_BYTES))
+    port = Port(context, SERVER, source.read)
+    endpoint = port.bind("tcp://127.0.0.1:*", None)
+    deaf = [dealer(context, endpoint, keys[number % crowd]) for number in range(8)]
+    good = dealer(context, endpoint, keys[crowd])
+    for one in (*deaf, good):
+        one.send_multipart([encode(Bye()), b""])
+        assert port.socket.poll(5000)
+        (arrived,) = port.receive()
+        size = len(source.blob) if one is not good else 8 * CHUNK_BYTES
+        port.send_blob(SendBlob(arrived.route, BLOB, 0, size), arrived.user)
+    got, until = 0, time.monotonic() + 5.0
+    while got < 8 and time.monotonic() < until:
+        port.pump()
+        while good.poll(1):
+            good.recv_multipart()
+            good.send_multipart([encode(Bye()), b""])
+            got += 1
+        list(port.receive())
+
+    assert got == 8
+    for one in (*deaf, good):
+        one.close()
+    port.close()
+    zap.stop()
+
+
 def pumped(port: Port, source: Source) -> int:
     """Return how many chunks have been read once the port has sent what it would."""
     for _ in range(50):
@@ -241,7 +275,7 @@ def pumped(port: Port, source: Source) -> int:
 def test_the_same_request_repeated_is_sent_once(link: Link) -> None:
     route = link.route()
     for _ in range(5):
-        link.port.send_blob(SendBlob(route, BLOB, 0, 2 * CHUNK_BYTES))
+        link.port.send_blob(SendBlob(route, BLOB, 0, 2 * CHUNK_BYTES), "hospital_a")
 
     assert link.collect(2 * CHUNK_BYTES) == link.source.blob[: 2 * CHUNK_BYTES]
     assert link.port.pump() == "idle"
@@ -252,7 +286,7 @@ def test_the_same_request_repeated_is_sent_once(link: Link) -> None:
 def test_a_download_to_a_peer_that_is_gone_or_of_a_blob_that_is_gone_is_dropped(
     link: Link, route: bytes | None, blob: bytes
 ) -> None:
-    link.port.send_blob(SendBlob(route or link.route(), blob, 0, CHUNK_BYTES))
+    link.port.send_blob(SendBlob(route or link.route(), blob, 0, CHUNK_BYTES), "hospital_a")
 
     assert link.port.pump() == "idle"
 

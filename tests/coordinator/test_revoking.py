@@ -21,12 +21,12 @@ def test_a_site_sits_out_the_exchange_in_which_its_key_was_revoked_though_it_has
 ) -> None:
     """The exchange opens at 1.0. Planted bug: the revocation is forgotten with the member's row."""
     store = open_store(ledger, state)
-    for seed in (b"1", b"2"):
-        ledger.add_invite(seed * 32, "hospital_a", 0.0, 9)
+    ledger.add_invite(b"1" * 32, "hospital_a", 0.0, 9)
     ledger.enrol(b"1" * 32, member(b"1"), 0.1)
     manifest = make.task("init", 0)
     store.apply(RecordOpened(hashlib.sha256(manifest.pack()).digest(), manifest, manifest.pack(), b"s" * 64, EXCHANGE))
     ledger.revoke("hospital_a", revoked)
+    ledger.add_invite(b"2" * 32, "hospital_a", 2.5, 9)
     ledger.enrol(b"2" * 32, member(b"2"), 3.0)
 
     history = store.history()

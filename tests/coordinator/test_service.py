@@ -181,11 +181,11 @@ def clients(context: Context) -> Iterator[Clients]:
 CURVE, SIGNING = curve_keys(b"c" * 32), signing_keys(b"s" * 32)
 
 
-def enrol(token: Token, client: Client) -> tuple[FromCoordinator, bytes]:
+def enrol(token: Token, client: Client, name: str = "") -> tuple[FromCoordinator, bytes]:
     keys = (CURVE.public, SIGNING.public)
     payload = enrol_payload(token.federation, token.site, token.curve_pair()[0], keys, PROTOCOL_VERSION)
     signature = sign(SIGNING.secret, ENROL_CONTEXT, payload)
-    return client.ask(Enrol(PROTOCOL_VERSION, token.site, *keys, signature))
+    return client.ask(Enrol(PROTOCOL_VERSION, name or token.site, *keys, signature))
 
 
 def hello(token: Token, client: Client) -> tuple[FromCoordinator, bytes]:
@@ -260,6 +260,23 @@ def test_it_ends_in_good_order_and_comes_back_on_the_same_port(house: House, cli
 
 
 @pytest.mark.slow
+def test_a_coordinator_that_was_stopped_for_a_while_calls_nobody_silent(house: House, clients: Clients) -> None:
+    """Planted bug: the time for which it could hear nobody counts against the sites."""
+    (house.folder / "fed.toml").write_text(f"{FED_TOML}[rounds]\nsilence_seconds = 5.5\n")
+    daemon = house.start()
+    token = house.invite("hospital_a")
+    enrol(token, clients.invited(token))
+    hello(token, clients.connect(token, CURVE))
+
+    daemon.send_signal(signal.SIGSTOP)
+    time.sleep(6.5)
+    daemon.send_signal(signal.SIGCONT)
+    time.sleep(2.0)
+
+    assert [entry["event"] for entry in house.log()].count("site_silent") == 0
+
+
+@pytest.mark.slow
 def test_a_second_coordinator_on_the_same_folder_is_refused_in_one_line(house: House) -> None:
     first = house.start()
 
@@ -277,6 +294,7 @@ def test_a_second_coordinator_on_the_same_folder_is_refused_in_one_line(house: H
 def test_malformed_messages_are_answered_and_a_refusal_is_logged_once_not_a_thousand_times(
     house: House, clients: Clients
 ) -> None:
+    """Planted bug: a refused invitee's name is logged as it gives it, a new one each time."""
     daemon = house.start()
     token = house.invite("hospital_a")
     enrol(token, clients.invited(token))
@@ -289,6 +307,10 @@ def test_malformed_messages_are_answered_and_a_refusal_is_logged_once_not_a_thou
     time.sleep(0.2)
     while site.dealer.poll(100):
         site.dealer.recv_multipart()
+
+    invited = clients.invited(token)
+    for number in range(100):
+        enrol(token, invited, f"somebody_{number}")
 
     assert isinstance(site.ask(Sync(b""))[0], Idle)
     site.dealer.send_multipart([encode(Bye()), b""])

@@ -21,7 +21,7 @@ from fedoap_coordinator.audit import audit
 from fedoap_coordinator.blobcheck import first_difference
 from fedoap_coordinator.cli import cli
 from fedoap_coordinator.folder import open_ledger, prepare
-from fedoap_coordinator.ledger import Value
+from fedoap_coordinator.rows import Cell
 from fedoap_coordinator.verify import Verdict, verify
 from ran_federation import VALUES, Ran, config_of, run_federation
 
@@ -74,7 +74,7 @@ def flip_in_file(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def flipped(value: Value, rng: random.Random) -> Value:
+def flipped(value: Cell, rng: random.Random) -> Cell:
     match value:
         case bytes() | str():
             raw = bytearray(value.encode() if isinstance(value, str) else value)
@@ -296,6 +296,30 @@ def test_a_kept_file_that_is_missing_is_named(copy: Path) -> None:
         assert any(str(path) in fault and "is missing, but the ledger keeps" in fault for fault in found), found
 
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [bytes(31), None])
+def test_a_seals_key_that_cannot_be_read_is_named_and_the_rest_is_judged(copy: Path, content: bytes | None) -> None:
+    """Planted bug: a key of 31 bytes ends `verify` in the middle of its list."""
+    count, path = len(verdicts(copy)), min((copy / "seals").iterdir())
+    path.write_bytes(content) if content else path.unlink()
+
+    found = verdicts(copy)
+
+    assert len(found) == count
+    assert any(str(path) in fault for one in found for fault in one.faults), found
+
+
+def test_a_file_that_the_disk_cannot_read_is_named_and_the_rest_is_judged(copy: Path) -> None:
+    """A folder stands for a bad sector: to read it is an error. Planted bug: that ends `verify` then and there."""
+    for path in sorted((copy / "blobs").iterdir()):
+        path.rename(copy / "aside")
+        path.mkdir()
+
+        assert any(str(path) in fault for fault in faults(copy)), path
+
+        path.rmdir()
+        (copy / "aside").rename(path)
 
 
 def test_what_is_deleted_as_it_should_be_meanwhile_is_not_missed(copy: Path) -> None:

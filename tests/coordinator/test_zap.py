@@ -12,8 +12,8 @@ from fedoap.errors import IdentityError
 from fedoap.identity import KeyPair, Member, Roster, curve_keys
 from fedoap.messages import Bye, encode
 from fedoap_coordinator import port as port_module
-from fedoap_coordinator.ledger import Invite
 from fedoap_coordinator.port import Arrived, Port
+from fedoap_coordinator.rows import Invite
 from fedoap_coordinator.zap import DOMAIN, Doors, Invitee, Site, Zap
 
 Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"

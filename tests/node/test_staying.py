@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fedoap.config import Plan, SiteData, WorkerConfig
+from easy_site import easy_plan
+from fedoap.config import Plan, SiteData, StrategyConfig, WorkerConfig
 from fedoap.segmentation import data as data_module
 from fedoap.segmentation.datalist import Case
+from fedoap.segmentation.network import FedOAPNet
 from fedoap.segmentation.prepared import PreparedCase, load_case
 from fedoap_node import standby as standby_module
 from fedoap_node.job import Job, JobDone
@@ -21,7 +23,7 @@ from fedoap_node.standby import Standby, standby_command
 from fedoap_node.trainer import Trainer
 from fedoap_node.workshop import Workshop
 from tests.node.test_trainer import exit_code, is_gone
-from tests.node.test_worker import ENVIRONMENT, Site, files, result, tensors
+from tests.node.test_worker import ENVIRONMENT, Site, files, result, snapshot, tensors
 
 WORKER = """
 import os, sys
@@ -157,6 +159,29 @@ def test_fedoap_s_own_worker_does_several_jobs_as_several_workers_do(tmp_path: P
     assert all((one[name] == again[name]).all() for name in one)
     assert any((one[name] != two[name]).any() for name in one)
     assert all((two[name] == value).all() for name, value in tensors(alone.output).items())
+
+
+@pytest.mark.parametrize("name", ["fedoap", "scaffold", "apfl", "ditto"])
+def test_networks_that_did_other_jobs_do_the_next_as_new_ones_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Planted bugs: personal weights, or a site's control variates, left from the job before; gradients kept."""
+    site, shop = Site(tmp_path, easy_plan(steps=4, strategy=StrategyConfig(name=name))), Workshop()
+    start = site.do("init")
+    shop.carry_out(site.job("train", 1, model=start, name="before"), site.seen.append)
+    shop.carry_out(site.job("calibrate", 3, model=start), site.seen.append)
+    first, new = (site.job("train", 2, model=start, name=name) for name in ("first", "new"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FedOAPNet, "_build", None)  # no other network is built
+        shop.carry_out(first, site.seen.append)
+    kept = shop._networks.model
+    Workshop().carry_out(new, site.seen.append)
+
+    assert snapshot(first.output / "personal") == snapshot(new.output / "personal")
+    assert files(first.output).blob.read_bytes() == files(new.output).blob.read_bytes()
+    assert kept is not None
+    assert all(one.grad is None for one in kept.parameters())
 
 
 def counted(workshop: Workshop, job: Job, monkeypatch: pytest.MonkeyPatch) -> int:

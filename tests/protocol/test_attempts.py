@@ -73,3 +73,18 @@ def test_an_attempt_that_a_site_failed_counts_though_others_are_away() -> None:
     desk.wait(601.0)
 
     assert [one.outcome for one in attempts(desk.history.closed)] == ["abandoned"]
+
+
+def test_a_coordinator_that_was_held_up_does_not_take_its_own_deafness_for_silence() -> None:
+    """Planted bug: a sync that takes longer than `silence_seconds` leaves out the sites that were not heard."""
+    desk = Desk(config=config(quorum=2))
+    desk.to_train()
+    desk.commit("alpha")
+    desk.now += 61.0
+    desk.machine.excuse(61.0)
+
+    desk.commit("beta")
+
+    assert (desk.task.kind, len(desk.open.updates)) == ("train", 2)
+    desk.wait(61.0)
+    assert (desk.history.closed[-1].kind, desk.history.closed[-1].outcome) == ("train", "done")

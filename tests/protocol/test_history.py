@@ -1,8 +1,8 @@
 from dataclasses import replace
 
-from desk import Desk
-from federation_builders import config
-from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, Update
+from desk import Desk, code_of
+from federation_builders import config, roster
+from fedoap.protocol.events import Aggregate, RecordClosed, RecordOpened, RosterChanged, Update
 from fedoap.protocol.history import History, Revoked, after, replay
 
 
@@ -101,3 +101,17 @@ def test_a_revocation_is_forgotten_with_the_exchange() -> None:
     closed = after(revoked, RecordClosed(desk.open.task, "abandoned", (), None))
 
     assert after(closed, Revoked("alpha")) == closed
+
+
+def test_a_site_that_was_revoked_and_joined_anew_takes_part_from_the_next_exchange_on() -> None:
+    """Planted bug: an offer takes it back into this one, as a site that had failed; a restart does not."""
+    desk = Desk(config=config(quorum=2))
+    desk.to_train()
+    manifest, _ = desk.result("alpha")
+    desk.handle(RosterChanged(roster("alpha")))
+    desk.handle(RosterChanged(roster()))
+    desk.join("alpha")
+
+    assert code_of(desk.offer("alpha", manifest)) == "foreign"
+    desk.commit("beta", "gamma")
+    assert "alpha" in desk.task.cohort

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from desk import Arrays, Desk, code_of, offer_of, with_nan
-from federation_builders import CHUNK_BYTES, blob, config, roster
-from fedoap.messages import Chunk, Commit, Credit, Failed, Go, Idle, Refuse, Sync, Wait
+from federation_builders import CHUNK_BYTES, blob, config, roster, secret
+from fedoap.identity import UPLOAD_CONTEXT, sign
+from fedoap.messages import Chunk, Commit, Credit, Failed, Go, Idle, Offer, Refuse, Sync, Wait
 from fedoap.protocol.events import (
     Aggregate,
     DropPart,
@@ -100,6 +101,14 @@ def test_another_dtype_than_the_wires_is_refused(desk: Desk) -> None:
     half, _ = blob(GOOD, "bfloat16")
 
     assert code_of(desk.offer("alpha", replace(manifest, blob=half))) == "schema"
+
+
+def test_an_offer_whose_bytes_are_not_canonical_is_refused(desk: Desk) -> None:
+    """The store would look for it under the hash of the canonical ones. Planted bug: it is taken."""
+    body = desk.result("alpha", GOOD)[0].pack().replace(b"\xa5cases\x0c", b"\xa5cases\xcc\x0c")
+    offer = Offer(hashlib.sha256(body).digest(), sign(secret("alpha"), UPLOAD_CONTEXT, body))
+
+    assert code_of(desk.say("alpha", offer, body)) == "malformed"
 
 
 def test_first_weights_may_not_hold_a_personal_part() -> None:

@@ -104,10 +104,11 @@ def test_data_splits_budget_seeds_and_versions_are_stated(markdown: Path) -> Non
 
 
 def test_the_search_is_stated_with_its_budget_and_choice(markdown: Path) -> None:
-    """Planted bug: the chosen trial's row without its score."""
+    """Planted bugs: the chosen trial's row without its score; test cases of other folds said to have played no part."""
     text = markdown.read_text()
 
     assert "Each of 6 variants had 2 trials, judged on validation cases alone" in text
+    assert "The test cases of this fold played no part; those of other folds trained and validated" in text
     cells = _cells(text, "Chosen", "fedavg")
     assert cells == ["2", '{"federation.training.learning_rate": 0.002}', "0.510", "0.500 to 0.510"]
 
@@ -227,11 +228,12 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 
 def test_pictures_are_of_the_worst_the_median_and_the_best_case_and_never_in_markdown(tmp_path: Path) -> None:
-    """Planted bug: the first three."""
+    """Planted bugs: the first three; runs with fewer cases; an ablation whose name goes on like a run's."""
     write_study(tmp_path, replace(FULL, gains={"fedoap": 0.0}, unseen="", sizes=()))
     for fold, dices in enumerate(([0.9, 0.2], [0.5, 0.6, 0.1])):
         _pictures(tmp_path / "runs" / f"fedoap-f{fold}-s0" / "evaluation", dices)
-    _pictures(tmp_path / "runs" / "fedavg-f0-s0" / "evaluation", [1.0])
+    for other in ("fedavg-f0-s0", "fedoap-f0-s0-brain6", "fedoap-fast-f0-s0"):
+        _pictures(tmp_path / "runs" / other / "evaluation", [0.0, 1.0])
 
     page = _page(tmp_path)
 

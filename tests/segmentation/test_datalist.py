@@ -156,6 +156,16 @@ def test_an_image_in_two_splits_is_refused_though_the_patients_differ(tmp_path: 
         load_datalist(data, "test")
 
 
+def test_one_channel_of_an_image_in_two_splits_is_refused(tmp_path: Path) -> None:
+    """Planted bug: the files of an image compared all together."""
+    one = {"image": ["a.png", "b.png"], "label": "m.png", "patient": "p"}
+    two = {"image": ["c.png", "b.png"], "label": "n.png", "patient": "q"}
+    data = write(tmp_path, {"training": [one], "test": [two]})
+
+    with pytest.raises(DataError, match=r"case c: image .*b.png is in test and, with case a, in training"):
+        load_datalist(data, "test")
+
+
 def test_a_patient_may_have_several_cases_in_one_split(tmp_path: Path) -> None:
     data = write(tmp_path, {"training": [row("a", patient="p"), row("b", patient="p")]})
 
@@ -181,3 +191,10 @@ def test_an_image_outside_any_list_is_a_case(tmp_path: Path) -> None:
 
 def test_a_stem_has_no_endings() -> None:
     assert [stem(Path(name)) for name in ("a.nii.gz", "a.png", "series")] == ["a", "a", "series"]
+
+
+def test_dicom_series_named_by_their_uids_are_different_patients() -> None:
+    """Planted bug: the last number of a UID taken for an ending, by which all series of a study are one patient."""
+    uids = ["1.2.840.113619.2.55.3.1", "1.2.840.113619.2.55.3.2"]
+
+    assert [stem(Path("ct") / uid) for uid in uids] == uids

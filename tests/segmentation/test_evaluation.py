@@ -16,7 +16,7 @@ from fedoap.config import DataConfig, NetworkConfig, Plan, SiteData
 from fedoap.errors import DataError
 from fedoap.segmentation.data import PreparedCase, prepared_cases
 from fedoap.segmentation.datalist import Case
-from fedoap.segmentation.evaluation import Scores, evaluate, mean_dice, score
+from fedoap.segmentation.evaluation import Scores, evaluate, mean_dice, probabilities, score
 
 SHAPE = (16, 16)
 
@@ -58,14 +58,14 @@ def nothing(images: Tensor) -> Tensor:
 
 
 def test_two_overlapping_squares_have_the_measures_worked_out_by_hand() -> None:
-    # 16 voxels each, 8 in common; the three rows at most 2 off, of which 95 % of each border is met at 2
+    # 4 x 4 voxels each, the second two rows lower: 8 in common, 24 in either
     found = score(square(4, 8), square(6, 10), None, tolerance=1.0)
 
-    assert found.dice == pytest.approx(0.5)
-    assert found.iou == pytest.approx(1 / 3)
+    assert found.dice == pytest.approx(16 / 32)
+    assert found.iou == pytest.approx(8 / 24)
+    # of each border of 12 voxels the outermost row of 4 is 2 away from the other border, 8 are at most 1 away
     assert found.hd95 == pytest.approx(2.0)
-    # border voxels of a 4 x 4 square: 12; of these rows 6 and 7 (4 columns' ends) and row 5 or 8 are within 1
-    assert found.nsd == pytest.approx(_share_within(square(4, 8), square(6, 10), 1.0))
+    assert found.nsd == pytest.approx(16 / 24)
 
 
 def test_distances_are_in_the_unit_of_the_spacing() -> None:
@@ -152,6 +152,15 @@ def test_the_files_grid_is_finer_than_the_networks(tmp_path: Path) -> None:
     assert mean_dice(bright, prepared) == 1.0
 
 
+def test_who_asks_for_probabilities_can_train_between_two_of_them(tmp_path: Path) -> None:
+    """Planted bug: inference mode left on between a batch's cases, in which nothing has a gradient."""
+    found = probabilities(bright, cases(tmp_path, square(4, 8), square(2, 9)))
+
+    next(found)
+
+    assert not torch.is_inference_mode_enabled()
+
+
 def test_an_evaluation_becomes_json(tmp_path: Path) -> None:
     found = evaluate(bright, cases(tmp_path, square(4, 8)), tolerance=1.0)
 
@@ -194,8 +203,3 @@ def _distances(
 ) -> NDArray[np.float64]:
     steps = (_border(ours)[:, None] - _border(theirs)[None]) * np.asarray(spacing)
     return np.asarray(np.sqrt((steps**2).sum(-1)).min(1))
-
-
-def _share_within(ours: NDArray[np.uint8], theirs: NDArray[np.uint8], tolerance: float) -> float:
-    both = np.concatenate([_distances(ours, theirs), _distances(theirs, ours)])
-    return float((both <= tolerance).mean())

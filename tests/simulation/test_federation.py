@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from fedoap.errors import ProcessError
+from fedoap.protocol.course import course
 from fedoap.report.results import Ledger
 from fedoap.simulation.config import SimulationConfig, load_simulation
-from fedoap.simulation.display import Display, exchanges
+from fedoap.simulation.display import Display
 from fedoap.simulation.federation import read_ledger, run_federation
 from fedoap.simulation.layout import Layout, make_layout
 from fedoap.simulation.processes import Processes
@@ -31,7 +32,7 @@ def test_a_federation_runs_to_its_end_and_leaves_ledger_and_model(tmp_path: Path
 
     done = [each for each in ledger.exchanges if each.outcome == "done"]
     assert ledger.finished
-    assert len(done) == exchanges(config.plan)
+    assert len(done) == len(course(config.plan))
     assert done[-1].sites["hospital_a"].metrics["dice_test"] == 0.75
     assert (layout.model / "model.json").exists()
     assert "train round 1/1: done" in said
