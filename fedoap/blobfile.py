@@ -195,6 +195,6 @@ def without(path: Path, manifest: BlobManifest, prefix: str, output: Path) -> Bl
 
 
 def slices(count: int, values: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) for so many values from the first on."""
+    """Yield [start, stop) of slices of `values`, at most, that make up `count` values from the first on."""
     end = first + count
     return ((start, min(start + values, end)) for start in range(first, end, values))

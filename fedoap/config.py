@@ -79,9 +79,9 @@ class BankConfig(Frozen):
     mass: Positive = 64.0
     """Total weight of the bank in the softmax, in tokens: log_weight = log(count / total * mass)."""
     cases_per_site: Annotated[int, Field(ge=1)] = 256
-    """At most so many training cases of a site enter one exchange."""
+    """At most this many training cases of a site enter one exchange."""
     refresh_every: Annotated[int, Field(ge=1)] = 1
-    """The bank is renewed after every so many rounds, and before the calibration."""
+    """The bank is renewed each time this many rounds are done, and before the calibration."""
 
 
 class TrainingConfig(Frozen):
@@ -101,7 +101,7 @@ class TrainingConfig(Frozen):
     shared_path_fraction: Fraction = 0.2
     """Share of the steps that train the shared query, adapter and head instead of the personal ones."""
     validate_every: Annotated[int, Field(ge=1)] = 1
-    """The validation cases are looked at after every so many rounds, and after the last."""
+    """The validation cases are looked at each time this many rounds are done, and after the last."""
 
 
 class CalibrationConfig(Frozen):
@@ -203,22 +203,22 @@ class RoundsConfig(Frozen):
     deadline_minutes: Annotated[float, Field(gt=0, le=MINUTES_PER_YEAR)] = 240.0
     """A round with quorum closes then, without those that are late; one without it starts anew."""
     silence_seconds: Annotated[float, Field(gt=5)] = 60.0
-    """A site that has not been heard for so long is not waited for, once there is a quorum; each is heard every 5 s."""
+    """A site not heard from for this long is not waited for, once there is a quorum; each speaks every 5 s."""
     attempts: Annotated[int, Field(ge=1)] = 5
-    """So many failed attempts at one round end the run; one that ended because sites were silent is none."""
+    """This many failed attempts at one round end the run; one that ended because sites were silent does not count."""
 
 
 class RetentionConfig(Frozen):
     """How long the coordinator keeps what rounds were made from, and what they made."""
 
     upload_rounds: Annotated[int, Field(ge=0)] = 0
-    """The last so many models, and banks, keep the uploads they were made from, for `verify` to make them anew.
+    """This many of the last models, and banks, keep the uploads they were made from, for `verify` to make them anew.
 
     None by default: a site's own weights are the most telling thing that the coordinator ever holds, and a
     hundred rounds of three sites with 200 MB are 60 GB.
     """
     results: Annotated[int, Field(ge=2)] = 2
-    """So many models, and as many banks, are kept: the current one, and one that a site may still be fetching."""
+    """This many models, and as many banks, are kept: the current one, and one that a site may still be fetching."""
 
 
 class FederationConfig(Frozen):
@@ -282,7 +282,7 @@ class SiteData(Frozen):
     channels: tuple[int, ...] | None = None
     """Channels of the image to use, for files that hold several."""
     max_training_cases: Annotated[int, Field(ge=1)] | None = None
-    """Use only the first so many training cases, for trials."""
+    """Use only this many of the training cases, the first, for trials."""
 
 
 class WorkerConfig(Frozen):
@@ -300,7 +300,7 @@ class WorkerConfig(Frozen):
     """Let the next worker wait with its imports done. Where not given, fedoap's own on one GPU does; a command that is
     to wait gets `-` as last argument, and the path as a line of standard input."""
     stay_seconds: Annotated[float, Field(ge=0)] | None = None
-    """So long a worker that waited for its job stays for another, with its images and GPU; 0 ends it with each job.
+    """How long a worker that waited for its job stays for another, with its images and GPU; 0 ends it with each job.
     Where not given, 60 for fedoap's own and 0 for a command, which otherwise prints `{"done": true}` after each job."""
 
 

@@ -11,7 +11,7 @@ class DataConfig(Frozen):
     """What every site does with an image before the network sees it."""
 
     size: tuple[int, ...] = (128, 128)
-    """Voxels of a prepared case; one number a spatial dimension."""
+    """Voxels of a prepared case, one number for each spatial dimension."""
     patch: tuple[int, ...] | None = None
     """Voxels that the network sees at once, as many numbers; the whole case where not given."""
     lesion_share: Fraction = 0.33
@@ -26,7 +26,7 @@ class DataConfig(Frozen):
         return self.patch or self.size
 
     def check(self, dimensions: int, depth: int) -> None:
-        """Return if a network of so many dimensions that halves its input so often can work with this.
+        """Return if a network of these dimensions that halves its input `depth` times can work with this.
 
         Raises:
             ValueError: naming the key that it cannot.

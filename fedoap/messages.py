@@ -307,7 +307,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode_from_site(header: bytes | memoryview, body_bytes: int) -> FromSite:
-    """Return the message that a site sent with a body of so many bytes.
+    """Return the message that a site sent with a body of `body_bytes`.
 
     Raises:
         MessageError: naming the first thing that is wrong.
@@ -316,7 +316,7 @@ def decode_from_site(header: bytes | memoryview, body_bytes: int) -> FromSite:
 
 
 def decode_from_coordinator(header: bytes | memoryview, body_bytes: int) -> FromCoordinator:
-    """Return the message that the coordinator sent with a body of so many bytes.
+    """Return the message that the coordinator sent with a body of `body_bytes`.
 
     Raises:
         MessageError: naming the first thing that is wrong.

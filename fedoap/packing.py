@@ -25,7 +25,7 @@ from fedoap.tensors import ChunkHashes, first_not_finite, open_to_overwrite, wri
 LEVEL = 1
 """Of zstd."""
 MOST_KEPT = 64
-"""So many updates at most keep the chunk unpacked last, for a merge whose slices are shorter than chunks."""
+"""Up to this many updates keep the chunk unpacked last, for a merge whose slices are shorter than chunks."""
 
 
 def pack_blob(
@@ -118,7 +118,7 @@ class PackedUpdate:
         return plain
 
     def _unpack(self, packed: bytes, at: int, size: int) -> bytes:
-        """Return so many bytes; a frame that claims more is not opened, as it might not fit into memory."""
+        """Return `size` bytes; a frame that claims more is not opened, as it might not fit into memory."""
         try:
             if zstandard.frame_content_size(packed) == size:
                 unpacked = self._unpacker.decompress(packed, allow_extra_data=False)

@@ -1,10 +1,10 @@
-"""Files that nobody needs any more, kept to be written anew in the place of new ones.
+"""Files that nobody needs any more, kept to be written over where a new file is needed.
 
 A file that is overwritten keeps its blocks on the disk and its pages in memory. For a new one both have to be
-found, zeroed and written down, which can cost ten times what copying its bytes does. Each round deletes files of
+found, zeroed and recorded, which can cost ten times as much as copying its bytes. Each round deletes files of
 just the sizes that the next one needs.
 
-A spare holds its old bytes until it is overwritten: what may still become of it is up to who keeps it. A file
+A spare holds its old bytes until it is overwritten; whoever keeps it decides whether that is acceptable. A file
 that is open or mapped in any process, or has another name, is never kept: its reader goes on reading what it
 opened, as after any deletion.
 """
@@ -20,7 +20,7 @@ MOST_SPARES = 16
 
 
 class Spares:
-    """At most so many spare files, in a folder of their own; what an earlier run left there is deleted."""
+    """Spare files in a folder of their own, `most` of them; what an earlier run left there is deleted."""
 
     def __init__(self, folder: Path, most: int = MOST_SPARES) -> None:
         self._folder, self._most, self._names = folder, most, count()
@@ -42,7 +42,7 @@ class Spares:
             self._delete(next(iter(self._sizes)))
 
     def take(self, path: Path, size: int) -> bool:
-        """Put a spare of this size in the place, and return whether there was one; its bytes are any."""
+        """Put a spare of this size at the path, and return whether there was one; its bytes are arbitrary."""
         spare = next((one for one, its in self._sizes.items() if its == size), None)
         if spare is None:
             return False

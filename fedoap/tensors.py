@@ -19,7 +19,7 @@ from fedoap.manifests import ITEM_BYTES, BlobManifest, Dtype, TensorSpec
 from fedoap.messages import CHUNK_BYTES
 
 WRITE_BACK_BYTES = 8 << 20
-"""After so many bytes a file that is to be durable begins to go to the disk."""
+"""After this many bytes a file that is to be durable begins to go to the disk."""
 
 
 def bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:

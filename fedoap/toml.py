@@ -1,6 +1,7 @@
 """TOML files read into checked models, and values written as TOML, which the standard library does not."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +45,7 @@ def _value(value: object) -> str:
         case list() | tuple():
             return f"[{', '.join(_value(item) for item in value)}]"
         case _:
-            text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{text}"'
+            return json.dumps(str(value), ensure_ascii=False)  # TOML's strings have the escapes of JSON
 
 
 def load_toml(path: Path, model: type[ModelT]) -> ModelT:

@@ -20,11 +20,11 @@ from fedoap.seal import TAG_BYTES, Seal
 from fedoap.tensors import first_not_finite
 
 CHECKPOINT_CHUNKS = 32
-"""After so many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
+"""After this many chunks an upload is made durable as far as it goes, so that a crash costs no more than that."""
 TAIL_BYTES = max(ITEM_BYTES.values()) - 1
 """The longest start of a number that lies before an offset."""
 QUIET_SECONDS = 10.0
-"""A download that stood still for so long is asked for again; the pause doubles up to a minute."""
+"""A download that has stood still for this long is asked for again; the pause doubles up to a minute."""
 LONGEST_QUIET_SECONDS = 60.0
 
 Taken: TypeAlias = Literal["new", "repeated", "gap"]

@@ -18,6 +18,7 @@ from fedoap.config import (
 )
 from fedoap.errors import ConfigError
 from fedoap.fields import Frozen
+from fedoap.toml import to_toml
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"federation", "sites", "data.datalist"}
@@ -159,6 +160,13 @@ def test_a_file_without_what_it_needs_is_refused(tmp_path: Path, text: str, expe
         load_federation(_write(tmp_path, text))
 
     assert expected in str(caught.value)
+
+
+def test_a_text_survives_being_written_as_toml() -> None:
+    """Planted bug: quotes and backslashes escaped alone; a line's end in a path ended the value."""
+    text = 'C:\\scans "new"\n\ttümör\x01'
+
+    assert tomllib.loads(to_toml({"root": text})) == {"root": text}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

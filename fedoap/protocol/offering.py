@@ -13,9 +13,9 @@ LONGEST_PAUSE_SECONDS = 60.0
 WAIT_SECONDS = 5.0
 """Until an upload that has to wait for others is offered again."""
 PATIENCE_SECONDS = 30.0
-"""Without a word on bytes under way for so long, the offer is repeated; a slow link needs that for one chunk."""
+"""After this long without a word on bytes under way the offer is repeated; a slow link needs that for one chunk."""
 MOST_CORRUPT = 3
-"""A kept result whose bytes so often do not match its own manifest is damaged."""
+"""A kept result whose bytes have failed to match its own manifest this often is damaged."""
 
 
 class Offering:

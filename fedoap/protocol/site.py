@@ -65,7 +65,7 @@ Effects = list[SiteEffect]
 class Site:
     """One site's part in one federation, as long as its daemon runs.
 
-    `have` names the blobs that are here, `partly` those of which the first so many bytes are.
+    `have` names the blobs that are here; `partly` says of others how many of their first bytes are.
     """
 
     def __init__(

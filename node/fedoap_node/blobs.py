@@ -1,9 +1,9 @@
 """Downloads: a part grows in `parts/`, and becomes a durable blob in `blobs/` in one step.
 
 Beside each blob lies its packed manifest, written first: a blob that is there is whole and described.
-A part has its manifest beside it too. What of it outlasted a crash shows by its chunks' hashes, which are
-compared once at the start: nothing has to be synced or noted while the download runs. What is deleted is kept
-to be written anew (`fedoap.spares`) while this runs and there is room.
+A part has its manifest beside it too. How much of it outlasted a crash is known from its chunks' hashes, which
+are compared once at the start: nothing has to be synced or noted while the download runs. Deleted files are kept
+to be written over (`fedoap.spares`) while the node runs and there is room.
 """
 
 import errno
@@ -22,7 +22,7 @@ from fedoap.tensors import begin_write_back
 from fedoap_node.files import remove, write_durably
 
 LEAST_FREE_BYTES = 64 << 20
-"""What a download leaves free for results and the log, whatever size the coordinator says its model has."""
+"""What a download leaves free for results and the log, however large the coordinator says its model is."""
 
 
 class BlobStore:

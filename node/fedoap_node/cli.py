@@ -173,7 +173,7 @@ def _end_told(journal: Journal) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; errors that a user can set right are one line and exit code 2, 1 if waiting may help."""
+    """Run the command line; a fault that a user can set right is one line and exit code 2, or 1 if waiting may help."""
     try:
         cli.main(prog_name="fedoap-node", standalone_mode=False)
     except click.ClickException as error:

@@ -52,9 +52,9 @@ TICK_MS = 200
 LINGER_MS = 500
 LONGEST_REMINDER_SECONDS = 300.0
 MOST_UNSAID = 256
-"""Messages that may wait to be sent, besides those that a single answer calls for."""
-UNDECIDED = ("unreachable", "stranger", "stopping")
-"""Refusals of a rotation that say nothing of its keys."""
+"""Messages that may wait to be sent before the node stops listening; one answer may add more."""
+UNDECIDED = ("unreachable", "stranger", "proxy", "stopping")
+"""Why a rotation may fail that has nothing to do with its keys."""
 WARNINGS = ("refused", "disk", "stopped", "failed")
 
 
@@ -130,7 +130,7 @@ class Node:
 
     @property
     def _hears(self) -> bool:
-        """Whether the coordinator is listened to: not while it leaves so much of what it asked for untaken."""
+        """Whether to listen to the coordinator: not while it takes too little of what it has asked for."""
         return len(self._outbox) < MOST_UNSAID
 
     def _hear_of(self, news: News, now: float) -> None:

@@ -1,15 +1,15 @@
 """The contract between the node daemon and its training process: files in, lines out, files back.
 
-The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`, or gives the path to
-a worker that waits for it (`fedoap_node.standby`), which says `JobDone` at the job's end and may be given
-another. The worker prints one JSON object a line on standard
-output (`JobProgress`), everything else on standard error, and leaves in `job.output`: `result.json`
-(`JobResult`, written last, atomically), `update.blob` and `update.manifest` (the tensors to upload,
-perhaps none), and, where the job changed them, the new personal state as safetensors files under
-`personal/`. It never touches `job.personal`. Exit code 0
-means that `result.json` is there; 2 means that the last line of standard error says what to set right.
-Where something else may write there after the worker, as `torch.distributed.run` does, it leaves the
-same line as `error.txt` beside the job's file.
+The daemon writes a `Job` as JSON and starts `python -m fedoap_node.worker JOB.json`, or gives the path to a
+worker that waits for it (`fedoap_node.standby`); such a worker says `JobDone` at the job's end and may be
+given another. A worker prints one JSON object a line on standard output (`JobProgress`), and everything else
+on standard error. In `job.output` it leaves `update.blob` and `update.manifest` (the tensors to upload,
+perhaps none), the new personal state as safetensors files under `personal/` where the job changed it, and
+last, in one move, `result.json` (`JobResult`). It never touches `job.personal`.
+
+Exit code 0 means that `result.json` is there, 2 that the last line of standard error says what to set right.
+As something else may write there after the worker, `torch.distributed.run` for one, the worker leaves that
+line as `error.txt` beside the job's file too.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ class JobResult(Frozen):
     """What the worker has to say at the end, beside the tensors."""
 
     cases: Count
-    """Training cases used: the site's weight where the strategy weighs by cases."""
+    """Training cases used, which are the site's weight where the strategy weighs by cases."""
     metrics: dict[Annotated[str, Field(min_length=1, max_length=64)], float]
     """Finite numbers only, such as `loss`, `dice_validation`, `dice_test`, `seconds`, `steps`."""
 

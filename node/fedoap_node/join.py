@@ -15,11 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import zmq
 from pydantic import ValidationError
 
 from fedoap.config import Modality, SiteData, SiteNetwork
-from fedoap.errors import ConfigError, IdentityError, MessageError, RefusedError, StorageError
+from fedoap.errors import ConfigError, IdentityError, RefusedError, StorageError
 from fedoap.identity import (
     ENROL_CONTEXT,
     Certificate,
@@ -32,18 +31,14 @@ from fedoap.identity import (
     signing_keys,
     sync_folder,
 )
-from fedoap.messages import PROTOCOL_VERSION, Enrol, Enrolled, Refuse
+from fedoap.messages import PROTOCOL_VERSION, Enrol
 from fedoap.segmentation.datalist import check_form
 from fedoap.sitefolder import SiteFolder, home_for_joining
+from fedoap_node.asking import Question, ask
 from fedoap_node.files import sync_tree, write_durably
-from fedoap_node.link import Address, Link, News
+from fedoap_node.link import Address
 from fedoap_node.membership import CERTIFICATE, Membership
 from fedoap_node.tunnel import Proxy
-
-ANSWER_SECONDS = 30.0
-REPEAT_SECONDS = 2.0
-FAILURES = 4
-"""So many failed handshakes are no accident; a coordinator that has just issued the token may not know it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +116,15 @@ def _proxy(url: str | None) -> Proxy | None:
 
 
 def _enrol(token: Token, member: Membership, proxy: Proxy | None) -> Certificate:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    token_keys = KeyPair(*token.curve_pair())
-    link = Link(context, Address(token.endpoint, token.server_key, proxy), token_keys)
-    try:
-        certificate = _ask(link, token, _request(token, member, token_keys.public))
-    finally:
-        link.close()
-        context.term()
+    keys = KeyPair(*token.curve_pair())
+    there, whose = f"{token.endpoint}: what answers there", "another federation's coordinator, or a proxy on the way"
+    question = Question(
+        _request(token, member, keys.public),
+        subject=f"token of {token.site}",
+        stranger=f"{there} does not hold the key that the token names; {whose}",
+        unknown_key=RefusedError("token", f"token of {token.site}: {_why_refused(token)}; ask for a new one"),
+    )
+    certificate = ask(Address(token.endpoint, token.server_key, proxy), keys, question)
     member.check(certificate)
     return certificate
 
@@ -140,51 +136,10 @@ def _request(token: Token, member: Membership, token_key: bytes) -> Enrol:
     return Enrol(PROTOCOL_VERSION, token.site, *keys, signature)
 
 
-def _ask(link: Link, token: Token, request: Enrol) -> Certificate:
-    """Return the coordinator's answer; the question is repeated until it comes."""
-    poller = zmq.Poller()
-    poller.register(link.socket, zmq.POLLIN)
-    poller.register(link.monitor, zmq.POLLIN)
-    deadline, repeat_at, failures = time.monotonic() + ANSWER_SECONDS, 0.0, 0
-    while (now := time.monotonic()) < deadline:
-        poller.poll(100)
-        for news in link.news(now):
-            failures += news in (News.STRANGER, News.KEY_REFUSED, News.PROXY)
-            if failures >= FAILURES:
-                raise RefusedError("proxy", link.fault) if news is News.PROXY else _refusal(news, token)
-        for answer in link.receive():
-            if (certificate := _read_answer(answer, token)) is not None:
-                return certificate
-        link.dial(now)
-        if link.up and now >= repeat_at and link.send(request):
-            repeat_at = now + REPEAT_SECONDS
-    what = "does not answer the request" if link.up else "nobody answers; is the coordinator running and the port open?"
-    raise RefusedError("unreachable", f"{token.endpoint}: {what} (waited {ANSWER_SECONDS:.0f} s)")
-
-
-def _refusal(news: News, token: Token) -> RefusedError:
-    if news is News.KEY_REFUSED:
-        return RefusedError("token", f"token of {token.site}: {_why_refused(token)}; ask for a new one")
-    what = "what answers there does not hold the key that the token names"
-    whose = "another federation's coordinator, or a proxy on the way"
-    return RefusedError("stranger", f"{token.endpoint}: {what}; {whose}")
-
-
 def _why_refused(token: Token) -> str:
-    expires = dt.datetime.fromtimestamp(token.expires, dt.UTC)
-    if dt.datetime.now(dt.UTC) > expires:
-        return f"expired on {expires:%Y-%m-%d %H:%M} UTC"
+    if time.time() > token.expires:
+        return f"expired on {dt.datetime.fromtimestamp(token.expires, dt.UTC):%Y-%m-%d %H:%M} UTC"
     return "was used before, or replaced by a newer one, or withdrawn"
-
-
-def _read_answer(answer: tuple[object, memoryview] | MessageError, token: Token) -> Certificate | None:
-    match answer:
-        case (Enrolled(), body):
-            return Certificate.unpack(bytes(body))
-        case (Refuse(code, reason, _), _):
-            raise RefusedError(code, f"token of {token.site}: refused by the coordinator: {reason}")
-        case _:
-            return None
 
 
 @contextmanager

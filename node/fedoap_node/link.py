@@ -1,4 +1,4 @@
-"""The encrypted connection to the coordinator: one DEALER that dials out, and a monitor that tells how it fares.
+"""The encrypted connection to the coordinator: one DEALER that dials out, and a monitor that tells how it goes.
 
 The options match those of the coordinator's ROUTER. While nobody listens, libzmq dials again by itself,
 at growing pauses. A handshake that fails it would repeat at once and for ever, or, where the key was not
@@ -69,7 +69,7 @@ class Link:
     """The connection, up or down.
 
     Raises:
-        ConfigError: the address is none that can be dialled.
+        ConfigError: the address cannot be dialled.
     """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: Address, keys: KeyPair) -> None:
@@ -131,7 +131,7 @@ class Link:
             yield _decoded(frames)
 
     def close(self, linger_ms: int = 0) -> None:
-        """Close the connection; what is queued has so long to leave."""
+        """Close the connection; what is queued has this long to leave."""
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(linger_ms)

@@ -1,7 +1,7 @@
 """Who this site is in which federation: the `identity/` folder that joining leaves.
 
 signing.key, curve.key    32 raw bytes each, mode 0600; made here, never sent
-next/                     the keys that `rotate` is about to put in their place, with their certificate in the end
+next/                     the keys by which `rotate` is about to replace them, and at last their certificate
 federation.json           where the coordinator is, and the public keys to know it by
 certificate               the federation's signed word that the keys are this site's
 """
@@ -109,7 +109,7 @@ def is_rotating(identity: Path) -> bool:
 
 
 def _take_up(identity: Path) -> None:
-    """Put keys whose certificate has come in the old ones' place; after a crash on the way it is done again."""
+    """Put new keys whose certificate has come in the place of the old; a crash on the way has it done again."""
     fresh = identity / NEXT
     if not (fresh / CERTIFICATE).exists():
         return

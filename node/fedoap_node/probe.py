@@ -1,7 +1,7 @@
-"""How far the way to the coordinator leads: name, route, port, ZeroMQ, its key, ours, and whether we are let in.
+"""How far a site gets on the way to its coordinator: name, route, port, ZeroMQ, both keys, being let in.
 
-It stops before the hello. A challenge is answered by nobody's place being taken, a hello with this
-site's key would shut out the node that runs.
+It stops before the hello: asking for a challenge disturbs nobody, but a hello under this site's key would
+shut out the node that runs.
 """
 
 import socket
@@ -27,7 +27,7 @@ _SIGNATURE = b"\xff\0\0\0\0\0\0\0\x01\x7f"
 _VERSION = b"\x03\0"
 """What a ZMTP 3.0 greeting (rfc.zeromq.org/spec/23) begins with; the mechanism would follow.
 
-It is left out: a peer with another mechanism would hang up, and its own greeting be lost on the way.
+We leave it out: a peer with another mechanism would hang up, and we would not see its own greeting.
 """
 
 
@@ -41,11 +41,11 @@ class Finding:
 
 
 class LineError(FedoapError):
-    """The way to the coordinator ends here, and why."""
+    """Why the way to the coordinator ends here."""
 
 
 def probe(member: Membership, proxy: Proxy | None) -> Iterator[Finding]:
-    """Yield how far one comes, a finding a step; the first that is wrong is the last."""
+    """Yield one finding for each step of the way; the first that is wrong is the last."""
     try:
         yield Finding("line", "ok", _reach(member.endpoint, proxy))
     except (LineError, ProxyError) as error:
@@ -65,7 +65,7 @@ def probe(member: Membership, proxy: Proxy | None) -> Iterator[Finding]:
 
 
 def skew(seconds: float) -> Finding:
-    """Return what to say of a clock that is so many seconds ahead of the coordinator's."""
+    """Return what to say of a clock that is this many seconds ahead of the coordinator's."""
     if abs(seconds) <= SKEW_SECONDS:
         return Finding("clock", "ok", f"within {SKEW_SECONDS} s of the coordinator's")
     size = f"{abs(seconds) / 60:.0f} minutes" if abs(seconds) < 7200 else f"{abs(seconds) / 3600:.1f} hours"
@@ -195,5 +195,6 @@ def _ask(link: Link, member: Membership) -> Iterator[Finding]:
                 yield Finding("welcome", "wrong", f"site {member.site}: refused ({code}): {reason}")
             case MessageError():
                 yield Finding("welcome", "wrong", f"{member.endpoint}: speaks another protocol: {answer}")
-            case _:
-                continue
+            case (other, _):
+                what = f"answers with {other.type}, but a challenge was due"
+                yield Finding("welcome", "wrong", f"{member.endpoint}: {what}; is it of another version?")

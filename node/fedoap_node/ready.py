@@ -9,7 +9,7 @@ from fedoap.sitefolder import SiteFolder
 
 KERNELS_VARIABLE = "FEDOAP_KERNELS"
 BACKENDS = ("auto", "eager", "triton")
-"""What it may ask for; `fedoap.kernels.backend` says the same, but nobody can read it without loading torch."""
+"""What it may name. `fedoap.kernels.backend` holds the same list, but cannot be imported without torch."""
 
 
 def check_data(config: SiteConfig, folder: SiteFolder) -> None:

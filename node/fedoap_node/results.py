@@ -1,7 +1,7 @@
 """Results of finished work, the personal state they leave, and the model that the site has now.
 
 A worker writes into a folder of its own under `work/`. Once its result is complete and durable, one
-rename gives the folder the name of its work; a second one makes its `personal/` the newest
+rename gives the folder the name of its work, and a second makes its `personal/` the newest
 generation under `state/personal/`. So a crash at any point leaves the personal state of the last
 finished job or of this one, whole, and `recover` does what was left undone.
 """
@@ -32,7 +32,7 @@ PACKED_BLOB, PACKED_MANIFEST = "packed.blob", "packed.manifest"
 SEAL = "seal.key"
 """A task's name and the secret that its upload is sealed with."""
 ORDER = "order"
-"""Which of the kept results was finished after which: a number that only grows. Clocks may be set back."""
+"""Holds a number that only grows and tells which result was finished last; a clock may be set back."""
 WORK_LETTERS = 64
 """Of a work's name in hexadecimal digits: the folder of a worker that is still busy has more."""
 GONE = "gone-"
@@ -53,7 +53,7 @@ class Result:
 class Results:
     """The work of one site that is done, by `TaskManifest.work`.
 
-    Without `durable` nothing waits for the disk: for a run that is begun anew after a power cut anyway.
+    Without `durable` nothing waits for the disk, which suits a run that a power cut would begin anew anyway.
     """
 
     def __init__(self, folder: SiteFolder, *, durable: bool = True) -> None:
@@ -71,7 +71,7 @@ class Results:
         return generations[-1] if generations else None
 
     def start(self, work: bytes, size: int = 0, *, packs: bool = False) -> Path:
-        """Return a fresh folder for a worker's output, with room for an update of so many bytes, and for it packed.
+        """Return a fresh folder for a worker's output, with room for an update of this size and for its packed form.
 
         The room is taken now, an old update's if there is one: without it the work would be done in vain.
         Of the results that are kept only the last stays: those of a site that is always late are never committed.

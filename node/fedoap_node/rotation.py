@@ -1,26 +1,22 @@
-"""New keys for a site, vouched for by the old ones; whatever crashes, one pair that the coordinator knows stays here.
+"""New keys for a site, vouched for by the old ones; whatever crashes, the site keeps a pair that the coordinator knows.
 
-The new keys lie durably in `identity/next/` before the coordinator hears of them, so whether it took
-them or not, this site holds both. It asks under the old key, and where that opens nothing any more under
-the new one; the same request gets the same answer. The certificate's arrival in `next/` decides:
-from then on whoever reads the identity puts the new keys in the old ones' place (`membership.py`).
+The new keys lie durably in `identity/next/` before the coordinator hears of them, so this site holds both
+pairs, whether it took the new one or not. The site asks under the old key and, where that is refused, under
+the new one; the same request gets the same answer. The certificate's arrival in `next/` decides: from then
+on whoever reads the identity puts the new keys in the place of the old (`membership.py`).
 """
 
 import fcntl
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import zmq
-
-from fedoap.errors import MessageError, RefusedError, StorageError
+from fedoap.errors import RefusedError, StorageError
 from fedoap.identity import (
     KEY_BYTES,
     ROTATE_CONTEXT,
     Certificate,
-    KeyPair,
     curve_keys,
     read_private,
     rotate_payload,
@@ -28,17 +24,13 @@ from fedoap.identity import (
     signing_keys,
     write_private,
 )
-from fedoap.messages import PROTOCOL_VERSION, Enrolled, Refuse, Rotate
+from fedoap.messages import PROTOCOL_VERSION, Rotate
 from fedoap.sitefolder import SiteFolder
+from fedoap_node.asking import Question, ask
 from fedoap_node.files import write_durably
-from fedoap_node.link import Address, Link, News
+from fedoap_node.link import Address
 from fedoap_node.membership import CERTIFICATE, CURVE_KEY, NEXT, SIGNING_KEY, Membership, is_rotating
 from fedoap_node.tunnel import Proxy
-
-ANSWER_SECONDS = 30.0
-REPEAT_SECONDS = 2.0
-STRANGERS = 4
-"""So many failed handshakes are no accident."""
 
 
 def rotate(folder: SiteFolder, proxy: Proxy | None) -> Membership:
@@ -80,14 +72,23 @@ def settle(folder: SiteFolder, proxy: Proxy | None) -> Membership:
 
 
 def _certified(member: Membership, heir: Membership, proxy: Proxy | None) -> Certificate:
-    request = _request(member, heir)
+    unknown = f"site {member.site}: neither its old nor its new key is enrolled at {member.endpoint}"
+    question = Question(
+        _request(member, heir),
+        subject=f"site {member.site}",
+        stranger=f"what answers at {member.endpoint} does not prove to be the coordinator",
+        unknown_key=RefusedError("revoked", f"{unknown}; ask the federation's operator"),
+        patience=1,
+        advice="; the new keys wait in identity/next, and the old ones stay good; try again",
+    )
+    address = Address(member.endpoint, member.server_key, proxy)
     try:
-        return _ask(member, member.curve, request, proxy)
+        return ask(address, member.curve, question)
     except RefusedError as error:
         if error.code != "revoked":
             raise
     # an earlier answer was lost: the coordinator knows the new key only
-    return _ask(member, heir.curve, request, proxy)
+    return ask(address, heir.curve, question)
 
 
 def _request(member: Membership, heir: Membership) -> Rotate:
@@ -95,48 +96,6 @@ def _request(member: Membership, heir: Membership) -> Rotate:
     payload = rotate_payload(member.federation, member.site, old, new, PROTOCOL_VERSION)
     signatures = (sign(one.signing.secret, ROTATE_CONTEXT, payload) for one in (member, heir))
     return Rotate(PROTOCOL_VERSION, *new, *signatures)
-
-
-def _ask(member: Membership, keys: KeyPair, request: Rotate, proxy: Proxy | None) -> Certificate:
-    """Return the answer to the request under this CURVE key."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    link = Link(context, Address(member.endpoint, member.server_key, proxy), keys)
-    try:
-        return _answer(link, member, request)
-    finally:
-        link.close()
-        context.term()
-
-
-def _answer(link: Link, member: Membership, request: Rotate) -> Certificate:
-    poller = zmq.Poller()
-    poller.register(link.socket, zmq.POLLIN)
-    poller.register(link.monitor, zmq.POLLIN)
-    deadline, repeat_at, strangers = time.monotonic() + ANSWER_SECONDS, 0.0, 0
-    while (now := time.monotonic()) < deadline:
-        poller.poll(100)
-        for news in link.news(now):
-            strangers += news in (News.STRANGER, News.PROXY)
-            if news is News.KEY_REFUSED:
-                whom = f"site {member.site}: neither its old nor its new key is enrolled at {member.endpoint}"
-                raise RefusedError("revoked", f"{whom}; ask the federation's operator")
-            if strangers >= STRANGERS:
-                whom = f"what answers at {member.endpoint} does not prove to be the coordinator"
-                raise RefusedError("stranger", link.fault or whom)
-        for answer in link.receive():
-            match answer:
-                case (Enrolled(), body):
-                    return Certificate.unpack(bytes(body))
-                case (Refuse(code, reason, _), _):
-                    raise RefusedError(code, f"site {member.site}: refused by the coordinator: {reason}")
-                case MessageError() | _:
-                    continue
-        link.dial(now)
-        if link.up and now >= repeat_at and link.send(request):
-            repeat_at = now + REPEAT_SECONDS
-    what = "does not answer" if link.up else "nobody answers"
-    left = "the new keys wait in identity/next, both stay good; try again"
-    raise RefusedError("unreachable", f"{member.endpoint}: {what} (waited {ANSWER_SECONDS:.0f} s); {left}")
 
 
 @contextmanager

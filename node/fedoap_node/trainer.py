@@ -20,13 +20,13 @@ from fedoap_node.journal import rotate
 
 READ_BYTES = 1 << 16
 MOST_READS = 16
-"""Of a worker's output at a time: one that prints without end must not keep the daemon from its other work."""
+"""In one turn: a worker that prints without end must not keep the daemon from its other work."""
 LONGEST_LINE = 1 << 20
 WORDS = re.compile(r"\w")
 GRACE_SECONDS = 10.0
-"""A worker that was asked to end is killed after so long."""
+"""A worker that was asked to end is killed after this long."""
 KILL_SECONDS = 2.0
-"""A killed worker is waited for so long: one that hangs in a driver outlasts even SIGKILL."""
+"""How long a killed worker is waited for: one that hangs in a driver outlasts even SIGKILL."""
 
 
 def worker_command(worker: WorkerConfig, job: Path) -> list[str]:
@@ -57,13 +57,13 @@ class Trainer:
     """
 
     def __init__(self, command: list[str], output: Path | None, log: Path) -> None:
-        rotate(log)
         self._output, self._log = output, log
-        self._log_start = _size(log)
         self._heard = time.monotonic()
         self._pending = b""
         leashed = [sys.executable, "-I", "-S", str(Path(leash.__file__)), str(os.getpid()), *command]
         try:
+            rotate(log)
+            self._log_start = _size(log)
             with log.open("ab") as errors:
                 self._process = subprocess.Popen(
                     leashed,
@@ -74,12 +74,17 @@ class Trainer:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise StorageError(f"worker: {command[0]} cannot be started: {error.strerror}") from None
+            raise _not_started(command, error) from None
         assert self._process.stdout is not None
         self._stdout: IO[bytes] = self._process.stdout
         os.set_blocking(self._stdout.fileno(), False)
         self._talks, self._has_done = True, False
-        self._ended = os.pidfd_open(self._process.pid)
+        self._ended = -1
+        try:
+            self._ended = os.pidfd_open(self._process.pid)
+        except OSError as error:
+            self.kill()
+            raise _not_started(command, error) from None
 
     def begin(self, job: Path, *, last: bool = True) -> bool:
         """Give a worker that waits its job; return whether it was still there to take it.
@@ -185,6 +190,10 @@ class Trainer:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return
+
+
+def _not_started(command: list[str], error: OSError) -> StorageError:
+    return StorageError(f"worker: {command[0]} cannot be started: {error.strerror}")
 
 
 def _said(line: bytes) -> JobProgress | JobDone | None:

@@ -77,7 +77,7 @@ class Proxy:
 
 
 def dial(target: Target, proxy: Proxy | None, seconds: float) -> socket.socket:
-    """Return a connection to the target; no single step takes longer than so many seconds.
+    """Return a connection to the target; no single step takes longer than `seconds`.
 
     Raises:
         ProxyError: the proxy is not there, or refuses; the text says what to do.

@@ -21,6 +21,9 @@ from fedoap_node.standby import Standby
 from fedoap_node.state import SiteState
 from fedoap_node.trainer import GRACE_SECONDS, Trainer
 
+LEAST_PATIENCE_SECONDS = 900.0
+"""A worker may be silent for this long, whatever the deadline: it imports, and prepares images, without a word."""
+
 
 @dataclass(slots=True)
 class _Running:
@@ -178,7 +181,7 @@ class Work:
     def _hangs(self, running: _Running) -> bool:
         """Return whether a worker has said nothing for longer than a whole attempt may take; slow ones report steps."""
         silent = running.trainer.silent_seconds()
-        if silent <= running.manifest.deadline_seconds:
+        if silent <= max(running.manifest.deadline_seconds, LEAST_PATIENCE_SECONDS):
             return False
         said = f"{_name(running.manifest)}: the worker has said nothing for {silent:.0f} s, so a fresh one begins"
         self._journal.note("work_hangs", said, level="warning", kind=running.manifest.kind)

@@ -1,9 +1,9 @@
 """The training process of a node: `python -m fedoap_node.worker JOB.json` carries out one `Job`.
 
-With `-` in the path's place it imports all it may need, then waits for paths as lines of standard input,
-says `JobDone` after each job, and ends with its input. Lines of progress go to standard output, everything
-else to standard error. What a job is done with: `fedoap_node.workshop`.
-PyTorch takes over a second to import, so it is imported when the job has been read, or before there is one.
+With `-` in the path's place it imports all that it may need, then waits for paths as lines of standard
+input, says `JobDone` after each job, and ends when its input does. Progress goes to standard output, a line
+each, and everything else to standard error. The work itself is `fedoap_node.workshop`.
+PyTorch takes over a second to import: that happens after the job has been read, or before there is one.
 """
 
 import importlib
@@ -37,7 +37,7 @@ IMPORTS = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out the job whose file is named and return the exit code: 2 where someone can set it right."""
+    """Carry out the job whose file is named and return the exit code; 2 for a fault that someone can set right."""
     given = sys.argv[1:] if arguments is None else arguments
     if len(given) != 1:
         sys.stderr.write("usage: python -m fedoap_node.worker JOB.json | -\n")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 PATIENCE = timedelta(hours=12)
-"""So long the other processes wait for the first one, which alone evaluates."""
+"""How long the other processes wait for the first, which alone evaluates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Workshop:
         self._place = place if place.ready.nbytes <= self._keeps else None
 
     def _open(self, job: Job, report: "Report") -> "Workplace":
-        """Return the place of the last job where nothing that it was made of has changed since, else a new one."""
+        """Return the last job's place if nothing that it was made of has changed since, else a new one."""
         import torch
 
         from fedoap.segmentation.descent import Workplace

@@ -13,8 +13,7 @@ import pytest
 from fedoap.errors import FedoapError, StorageError
 from fedoap.identity import Token, curve_keys, fingerprint, read_private, signing_keys
 from fedoap.sitefolder import SiteFolder
-from fedoap_node import join as joining
-from fedoap_node import membership
+from fedoap_node import asking, membership
 from fedoap_node.join import join
 from fedoap_node.membership import Membership
 
@@ -147,7 +146,7 @@ def test_a_coordinator_that_does_not_run_is_named(
 ) -> None:
     token = Token.decode(hospital.command("invite", "hospital_c").strip())
     nowhere = replace(token, endpoint="tcp://127.0.0.1:9")
-    monkeypatch.setattr(joining, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(asking, "ANSWER_SECONDS", 0.5)
 
     assert "tcp://127.0.0.1:9: nobody answers" in refusal(nowhere.encode(), tmp_path)
 

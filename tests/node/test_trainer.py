@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -159,6 +160,22 @@ def test_a_command_that_is_not_there_ends_with_words_that_name_it(tmp_path: Path
 def test_a_log_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="worker: "):
         Trainer(["true"], tmp_path, tmp_path / "nowhere" / "worker.log")
+
+
+def test_a_worker_that_cannot_be_watched_counts_as_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted bugs: the system's error let through, at which the daemon ends; the worker left running."""
+
+    def none_left(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+
+    before = len(psutil.Process().children())
+
+    with pytest.raises(StorageError, match=r"worker: .* cannot be started: Too many open files"):
+        started(tmp_path, "import time; time.sleep(60)")
+
+    assert len(psutil.Process().children()) == before
 
 
 def test_a_worker_that_prints_without_end_leaves_the_daemon_time_for_the_rest(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ leave()
     assert "but a message holds" in logged(state, "work_failed")[0]["reason"]
 
 
-def hanging(make: Make, state: SiteState) -> tuple[Work, int]:
+def hanging(make: Make, state: SiteState, deadline: int) -> tuple[Work, int]:
     """Return the work whose worker was frozen as soon as it had begun, and the worker's process."""
     place = state.folder.path / "pids"
     work = make(f"""
@@ -174,7 +174,7 @@ import os
 with open({str(place)!r}, "a") as pids: pids.write(f"{{os.getpid()}}\\n")
 time.sleep(60)
 """)
-    work.start(b"t" * 32, task(state))
+    work.start(b"t" * 32, task(state, deadline_seconds=deadline))
     while not place.exists() or not place.read_text().endswith("\n"):
         time.sleep(0.01)
     pid = int(place.read_text())
@@ -182,12 +182,14 @@ time.sleep(60)
     return work, pid
 
 
-@pytest.mark.parametrize(("silent", "goes_on"), [(599, True), (601, False)])
+@pytest.mark.parametrize(
+    ("deadline", "silent", "goes_on"), [(3600, 3599, True), (3600, 3601, False), (60, 899, True), (60, 901, False)]
+)
 def test_a_worker_that_hangs_is_replaced_at_the_next_attempt(
-    make: Make, state: SiteState, monkeypatch: pytest.MonkeyPatch, *, silent: float, goes_on: bool
+    make: Make, state: SiteState, monkeypatch: pytest.MonkeyPatch, *, deadline: int, silent: float, goes_on: bool
 ) -> None:
     """Planted bugs: any worker that is busy with the same work left to it; a slow one ended before its time."""
-    work, pid = hanging(make, state)
+    work, pid = hanging(make, state, deadline)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + silent)
 
