@@ -14,6 +14,7 @@ from fedoap.manifests import NO_KEY, TaskManifest, UploadManifest
 from fedoap.protocol.events import (
     BlobStored,
     Committed,
+    KeepBlobs,
     Learned,
     Leave,
     OpenPart,
@@ -109,6 +110,8 @@ class StudySite:
             case OpenPart(part, size):
                 self._fetch(part, size)
                 return [ToSite(name, BlobStored(part))]
+            case KeepBlobs(blobs):
+                self._blobs.keep_only(blobs)
             case StartWork(task, manifest):
                 return [ToSite(name, self._work(task, manifest))]
             case Committed(task, manifest):
@@ -170,4 +173,3 @@ class StudySite:
         )
         self._received = 0
         self._results.keep_only(manifest.work)
-        self._blobs.keep_only(blob.id for blob in manifest.blobs)
