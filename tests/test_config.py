@@ -169,6 +169,14 @@ def test_a_text_survives_being_written_as_toml() -> None:
     assert tomllib.loads(to_toml({"root": text})) == {"root": text}
 
 
+def test_brackets_that_never_close_are_one_line(tmp_path: Path) -> None:
+    """Planted bug: the parser's `RecursionError` let through, with three thousand lines."""
+    file = _write(tmp_path, "x = " + "[" * 5000)
+
+    with pytest.raises(ConfigError, match=r"fed.toml: is nested too deeply to be read"):
+        load_federation(file)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
         load_federation(tmp_path / "nowhere.toml")
