@@ -223,10 +223,11 @@ def _last_event(folder: SiteFolder) -> str:
         with folder.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             row = json.loads(log.read().splitlines()[-1])
-    except (OSError, IndexError, ValueError):
+        when = f"{row.pop('time')} {row.pop('event')}"
+    except (OSError, IndexError, ValueError, KeyError, TypeError, AttributeError):  # a log that was cut or altered
         return "none"
-    rest = " ".join(f"{key}={value}" for key, value in row.items() if key not in ("time", "level", "event"))
-    return one_line(f"{row['time']} {row['event']} {rest}")
+    rest = " ".join(f"{key}={value}" for key, value in row.items() if key != "level")
+    return one_line(f"{when} {rest}")
 
 
 def _model(folder: SiteFolder) -> str:

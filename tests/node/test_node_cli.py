@@ -70,6 +70,17 @@ def test_the_command_to_paste_after_joining_names_a_home_as_the_shell_reads_it()
     assert shlex.split(command) == ["fedoap-node", "--site", "hospital_a", "--home", str(home)]
 
 
+@pytest.mark.parametrize("line", ["[]", '{"a": 1}', "{", "\xff"])
+def test_a_damaged_log_keeps_nobody_from_a_site_s_status(tmp_path: Path, line: str) -> None:
+    """Planted bug: `AttributeError` and `KeyError` let through."""
+    (joined(tmp_path) / "log.jsonl").write_text(line + "\n")
+
+    said = run(tmp_path, "status", "--site", "hospital_a", "--home", str(tmp_path))
+
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "last event  none" in said.stdout
+
+
 def no_data(folder: Path) -> None:
     (folder / "site.toml").write_text("")
 
