@@ -1,6 +1,7 @@
 """A trained model put to use: figures on labelled cases, a mask for one image."""
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -8,7 +9,7 @@ from typing import cast
 import torch
 
 from fedoap.config import Modality, SiteConfig, SiteData, load_site
-from fedoap.errors import ConfigError
+from fedoap.errors import ConfigError, StorageError
 from fedoap.report.pictures import spread, write_picture
 from fedoap.segmentation.data import load_case, prepared_cases, restore, save_mask
 from fedoap.segmentation.datalist import Split, case_of, load_datalist
@@ -74,13 +75,16 @@ def evaluate_split(source: Source, split: Split, output: Path, pictures: Path | 
     Raises:
         FedoapError: the model, the datalist or a case is wrong, or the disk refused.
     """
+    _check_place(output)
     predictor, data = source.predictor(), source.data()
     cases = prepared_cases(load_datalist(data, split), data, predictor.plan)
     evaluation = evaluate(predictor, cases)
     path = "shared" if source.shared or source.model else "personal"
     values = {"site": source.name, "split": split, "path": path, **evaluation.to_json()}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    try:
+        output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{output}: figures cannot be written: {error.strerror}") from None
     if pictures:
         _write_pictures(predictor, cases, evaluation, pictures)
     return evaluation
@@ -98,6 +102,16 @@ def predict_mask(source: Source, image: Path, output: Path) -> int:
     mask = restore(probability, prepared)
     save_mask(output, mask, prepared)
     return int(mask.sum())
+
+
+def _check_place(output: Path) -> None:
+    """Make the folder and a file in it before hours of measuring, not after."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not output.exists():  # /dev/stdout stands in a folder that takes no files
+            tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise StorageError(f"{output}: figures cannot be written: {error.strerror}") from None
 
 
 def _write_pictures(predictor: Predictor, cases: list[PreparedCase], evaluation: Evaluation, folder: Path) -> None:

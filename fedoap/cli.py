@@ -46,6 +46,8 @@ def main() -> None:
         if error.name not in ("torch", "monai", "jinja2", "matplotlib", "PIL", "scipy", "nibabel", "pydicom"):
             raise
         sys.exit(_complain(TORCH_MISSING))
+    except OSError as error:
+        sys.exit(_complain(f"{error.filename or 'disk'}: the system refused: {error.strerror or error}"))
     except click.Abort:
         click.echo("fedoap: interrupted", err=True)
         sys.exit(130)

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from fedoap.dataconfig import DataConfig as DataConfig  # noqa: PLC0414 - the other sections are imported from here
 from fedoap.errors import ConfigError
@@ -285,10 +285,16 @@ class SiteData(Frozen):
     """Use only this many of the training cases, the first, for trials."""
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
+        raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N")
+    return name
+
+
 class WorkerConfig(Frozen):
     """How the training process runs."""
 
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     gpus: Annotated[int, Field(ge=1, le=64)] = 1
     """GPUs to train on together, through torch.distributed.run."""

@@ -60,6 +60,8 @@ def load_toml(path: Path, model: type[ModelT]) -> ModelT:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: is nested too deeply to be read") from None
     try:
         return model.model_validate(values)
     except ValidationError as error:

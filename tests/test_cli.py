@@ -14,6 +14,7 @@ import fedoap
 from fedoap.cli import cli
 
 HELP_SECONDS = 0.3
+SIMULATION = '[federation]\nfederation = "f"\n[sites.a.data]\ndatalist = "list.json"\n'
 HEAVY = ("torch", "monai", "matplotlib", "scipy", "fedoap.segmentation")
 
 
@@ -68,6 +69,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     assert said.returncode == 2
     assert re.fullmatch(r"fedoap: [^\n]+\n", said.stderr), said.stderr
     assert expected in said.stderr
+
+
+def test_a_disk_that_refuses_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    """Planted bug: an `OSError` let through, with its traceback."""
+    (tmp_path / "file").touch()
+    (tmp_path / "simulate.toml").write_text(SIMULATION)
+    (tmp_path / "list.json").write_text("{}")
+
+    said = _fedoap("simulate", "simulate.toml", "--out", "file/run", folder=tmp_path)
+
+    assert (said.returncode, said.stderr) == (2, "fedoap: file/run: the system refused: Not a directory\n")
 
 
 def test_phantoms_are_a_datalist_of_the_sizes_asked_for(tmp_path: Path) -> None:

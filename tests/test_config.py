@@ -169,6 +169,23 @@ def test_a_text_survives_being_written_as_toml() -> None:
     assert tomllib.loads(to_toml({"root": text})) == {"root": text}
 
 
+def test_brackets_that_never_close_are_one_line(tmp_path: Path) -> None:
+    """Planted bug: the parser's `RecursionError` let through, with three thousand lines."""
+    file = _write(tmp_path, "x = " + "[" * 5000)
+
+    with pytest.raises(ConfigError, match=r"fed.toml: is nested too deeply to be read"):
+        load_federation(file)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:-1", "CPU", "cuda:1x"])
+def test_a_device_that_is_none_is_refused_before_the_site_dials(tmp_path: Path, device: str) -> None:
+    """Planted bug: left to the worker, which would fail once an attempt."""
+    (tmp_path / "site.toml").write_text(f'[worker]\ndevice = "{device}"\n')
+
+    with pytest.raises(ConfigError, match=f"worker.device: '{device}' is not auto, cpu, cuda or cuda:N"):
+        load_site(tmp_path / "site.toml")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml: no such file"):
         load_federation(tmp_path / "nowhere.toml")

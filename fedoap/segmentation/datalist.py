@@ -142,6 +142,8 @@ def _read(place: Path) -> Mapping[str, object]:
         raise DataError(f"{place}: no such datalist") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{place}: not a JSON datalist: {error}") from None
+    except RecursionError:
+        raise DataError(f"{place}: not a JSON datalist: is nested too deeply to be read") from None
     if not isinstance(values, dict):
         raise DataError(
             f"{place}: holds {_kind(values)}, but a datalist is an object with the lists {', '.join(SPLITS)}"

@@ -25,6 +25,7 @@ from fedoap.segmentation.streams import stream
 __all__ = ["KINDS", "ORGANS", "Organ", "Phantom", "phantom", "write_phantoms"]
 
 ORGANS: tuple[Organ, ...] = get_args(Organ)
+ABOUT = "invented images, not of any patient; may be used for anything"
 CASES_PER_PATIENT = 2
 SMALLEST = 32
 SPACING_MM = (2.0, 2.0, 2.5)
@@ -51,21 +52,23 @@ def write_phantoms(folder: Path, organ: Organ, counts: Mapping[Split, int], size
         seed: Fixes every voxel.
 
     Raises:
-        DataError: the organ is unknown, or the size too small.
+        DataError: the organ is unknown, the size too small, or the folder holds a datalist that is not of phantoms.
         StorageError: the disk refused.
     """
     if organ not in KINDS:
         raise DataError(f"phantoms: organ is {organ!r}, but must be one of {', '.join(ORGANS)}")
     if len(size) not in (2, 3) or min(size) < SMALLEST:
         raise DataError(f"phantoms: size is {size}, but must be two or three numbers of at least {SMALLEST}")
+    path = folder / "datalist.json"
     try:
+        if path.exists() and ABOUT not in path.read_text(encoding="utf-8", errors="replace"):
+            raise DataError(f"{path}: is not of phantoms, so it is not written over; name another folder")
         (folder / "images").mkdir(parents=True, exist_ok=True)
         (folder / "labels").mkdir(exist_ok=True)
         lists: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
         for split, patient, part in _places(counts):
             drawn = phantom(organ, size, seed, patient, part)
             lists[split].append(_written(folder, drawn, f"{organ}-{patient:03d}-{part}", f"{organ}-{patient:03d}"))
-        path = folder / "datalist.json"
         path.write_text(json.dumps(_described(organ, lists), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"{folder}: phantoms cannot be written: {error.strerror or error}") from None
@@ -125,5 +128,4 @@ def _write_nifti(path: Path, values: NDArray[np.uint8]) -> None:
 
 
 def _described(organ: Organ, lists: Mapping[str, object]) -> dict[str, object]:
-    about = "invented images, not of any patient; may be used for anything"
-    return {"name": f"{organ} phantoms", "description": about, "labels": {"0": "background", "1": "tumour"}, **lists}
+    return {"name": f"{organ} phantoms", "description": ABOUT, "labels": {"0": "background", "1": "tumour"}, **lists}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -79,7 +80,12 @@ def join_command(
     click.echo("  compare both with the operator: `fedoap-coordinator sites` shows the same")
     click.echo(f"  folder               {joined.folder.path}")
     todo = "" if data else f"name the data in {joined.folder.config}, then "
-    click.echo(f"Next: {todo}fedoap-node --site {name}" + (f" --home {home}" if home else ""))
+    click.echo(f"Next: {todo}{next_command(name, home)}")
+
+
+def next_command(site: str, home: Path | None) -> str:
+    """Return the command that starts a site's node, as a shell reads it."""
+    return shlex.join(["fedoap-node", "--site", site, *(["--home", str(home)] if home else [])])
 
 
 @cli.command("status")
@@ -217,10 +223,11 @@ def _last_event(folder: SiteFolder) -> str:
         with folder.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
             row = json.loads(log.read().splitlines()[-1])
-    except (OSError, IndexError, ValueError):
+        when = f"{row.pop('time')} {row.pop('event')}"
+    except (OSError, IndexError, ValueError, KeyError, TypeError, AttributeError):  # a log that was cut or altered
         return "none"
-    rest = " ".join(f"{key}={value}" for key, value in row.items() if key not in ("time", "level", "event"))
-    return one_line(f"{row['time']} {row['event']} {rest}")
+    rest = " ".join(f"{key}={value}" for key, value in row.items() if key != "level")
+    return one_line(f"{when} {rest}")
 
 
 def _model(folder: SiteFolder) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 
 from fedoap.errors import StorageError
 from fedoap.identity import Certificate, curve_keys, signing_keys
-from fedoap_node.cli import main
+from fedoap_node.cli import main, next_command
 from fedoap_node.daemon import Node
 from fedoap_node.membership import Membership
 
@@ -58,6 +59,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
     assert (said.returncode, said.stdout) == (2, "")
     assert re.fullmatch(r"fedoap-node: [^\n]+\n", said.stderr), said.stderr
     assert expected in said.stderr
+
+
+def test_the_command_to_paste_after_joining_names_a_home_as_the_shell_reads_it() -> None:
+    """Planted bug: a home with a space, unquoted."""
+    home = Path("/srv/Küche 2/sites")
+
+    command = next_command("hospital_a", home)
+
+    assert shlex.split(command) == ["fedoap-node", "--site", "hospital_a", "--home", str(home)]
+
+
+@pytest.mark.parametrize("line", ["[]", '{"a": 1}', "{", "\xff"])
+def test_a_damaged_log_keeps_nobody_from_a_site_s_status(tmp_path: Path, line: str) -> None:
+    """Planted bug: `AttributeError` and `KeyError` let through."""
+    (joined(tmp_path) / "log.jsonl").write_text(line + "\n")
+
+    said = run(tmp_path, "status", "--site", "hospital_a", "--home", str(tmp_path))
+
+    assert (said.returncode, said.stderr) == (0, "")
+    assert "last event  none" in said.stdout
 
 
 def no_data(folder: Path) -> None:

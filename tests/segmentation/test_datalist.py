@@ -121,8 +121,9 @@ def test_a_list_of_another_form_is_refused(tmp_path: Path, lists: object, text: 
         load_datalist(data, "training")
 
 
-@pytest.mark.parametrize("text", ["{", "\udc80"])
+@pytest.mark.parametrize("text", ["{", "\udc80", "[" * 100_000], ids=["open", "bytes", "deep"])
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path, text: str) -> None:
+    """Planted bug: the parser's `RecursionError` let through."""
     (tmp_path / "list.json").write_text(text, errors="surrogateescape")
 
     with pytest.raises(DataError, match=r"list.json: not a JSON datalist"):

@@ -121,3 +121,19 @@ def test_an_unknown_organ_or_a_small_size_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=text):
         write_phantoms(tmp_path, organ, COUNTS, size, 0)  # type: ignore[arg-type]
+
+
+def test_a_hospital_s_own_datalist_is_not_replaced_by_phantoms(tmp_path: Path) -> None:
+    """Planted bug: written over, without a word."""
+    (tmp_path / "datalist.json").write_text('{"training": [{"image": "real.png", "label": "real-mask.png"}]}')
+
+    with pytest.raises(DataError, match=r"datalist.json: is not of phantoms, so it is not written over"):
+        write_phantoms(tmp_path, "liver-ct", {"training": 1}, (32, 32), seed=0)
+
+    assert "real.png" in (tmp_path / "datalist.json").read_text()
+
+
+def test_phantoms_may_be_drawn_again_over_phantoms(tmp_path: Path) -> None:
+    again = [write_phantoms(tmp_path, "liver-ct", {"training": count}, (32, 32), seed=0) for count in (2, 1)]
+
+    assert len(json.loads(again[-1].read_text())["training"]) == 1

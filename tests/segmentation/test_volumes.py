@@ -5,9 +5,10 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 import torch
 
-from fedoap.apply import Source, predict_mask
+from fedoap.apply import Source, evaluate_split, predict_mask
 from fedoap.config import (
     BankConfig,
     BlobFiles,
@@ -19,6 +20,7 @@ from fedoap.config import (
     SiteData,
     TrainingConfig,
 )
+from fedoap.errors import StorageError
 from fedoap.segmentation.banksums import TokenSource, seed_sums
 from fedoap.segmentation.calibration import calibrate
 from fedoap.segmentation.descent import Workplace
@@ -65,3 +67,11 @@ def test_a_site_works_on_patches_of_volumes_and_marks_a_whole_one(tmp_path: Path
     mask = nibabel.load(tmp_path / "mask.nii.gz")
     assert mask.shape == nibabel.load(image).shape
     assert int(np.asarray(mask.dataobj).sum()) == marked
+
+
+def test_a_place_that_takes_no_figures_is_told_before_the_model_is_read(tmp_path: Path) -> None:
+    """Planted bug: made when all cases had been measured, whose figures then were lost."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(StorageError, match=r"file/x.json: figures cannot be written: File exists"):
+        evaluate_split(Source(model=tmp_path / "none"), "test", tmp_path / "file" / "x.json", None)
