@@ -4,6 +4,7 @@ Shapes: B batch, C channels, *S spatial size.
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -109,9 +110,20 @@ def read_files(files: BlobFiles) -> Arrays:
         TensorsError: a file is missing or does not match the other.
     """
     try:
-        return read_blob(files.blob, BlobManifest.unpack(files.manifest.read_bytes()))
+        manifest = BlobManifest.unpack(files.manifest.read_bytes())
+        arrays = read_blob(files.blob, manifest)
+        _check_chunks(files.blob, manifest)
     except OSError as error:
         raise TensorsError(f"{files.blob}: cannot be read: {error.strerror}") from None
+    return arrays
+
+
+def _check_chunks(path: Path, manifest: BlobManifest) -> None:
+    with path.open("rb") as file:
+        for at in range(0, manifest.size, manifest.chunk_bytes):
+            size, digest = manifest.chunk(at)
+            if hashlib.sha256(file.read(size)).digest() != digest:
+                raise TensorsError(f"{path}: bytes {at} to {at + size} are not what its manifest says; export it again")
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[np.generic]]:
