@@ -129,6 +129,18 @@ def begin_write_back(descriptor: int, before: int, now: int) -> int:
     return now
 
 
+def right_bytes(path: Path, blob: BlobManifest) -> int:
+    """Return how many of a file's first bytes are those of the blob, in whole chunks."""
+    if not blob.size:
+        return 0
+    with path.open("rb") as file:
+        for at in range(0, blob.size, blob.chunk_bytes):
+            size, digest = blob.chunk(at)
+            if hashlib.sha256(file.read(size)).digest() != digest:
+                return at
+    return blob.size
+
+
 def read_blob(path: Path, manifest: BlobManifest) -> dict[str, NDArray[np.generic]]:
     """Return a blob's tensors: float32 (bfloat16 widened) and int64.
 

@@ -14,7 +14,9 @@ from fedoap.manifests import BlobManifest, TaskKind
 from fedoap.params import CONTROL_PREFIX
 from fedoap.protocol.course import Step, place
 from fedoap.protocol.history import BANK_KINDS, MODEL_KINDS
+from fedoap.tensors import right_bytes
 from fedoap_coordinator.blobs import blob_files
+from fedoap_coordinator.damage import MENDING
 from fedoap_coordinator.ledger import Ledger
 from fedoap_coordinator.rows import TaskRow
 
@@ -188,8 +190,13 @@ def _result(state: Path, row: TaskRow) -> BlobFiles:
 
 
 def _copy(files: BlobFiles, target: Path) -> BlobFiles:
-    """Copy a blob, but for what only the sites' training needs."""
-    manifest = target.with_suffix(".manifest")
-    kept = without(files.blob, BlobManifest.unpack(files.manifest.read_bytes()), CONTROL_PREFIX, target)
-    manifest.write_bytes(kept.pack())
+    """Copy a blob, but for what only the sites' training needs.
+
+    Raises:
+        StorageError: it is not what it was when it was published.
+    """
+    manifest, source = target.with_suffix(".manifest"), BlobManifest.unpack(files.manifest.read_bytes())
+    if (at := right_bytes(files.blob, source)) < source.size:
+        raise StorageError(f"{files.blob}: is damaged from byte {at} on; {MENDING}; no model is exported")
+    manifest.write_bytes(without(files.blob, source, CONTROL_PREFIX, target).pack())
     return BlobFiles(blob=target.absolute(), manifest=manifest.absolute())

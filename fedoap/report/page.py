@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from pydantic import ValidationError
 
+from fedoap.errors import ConfigError
 from fedoap.report.charts import bars, curves
 from fedoap.report.results import EvaluationFile, Exchange, Results, Share, read_results
-from fedoap.toml import to_toml
+from fedoap.toml import first_line, to_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +120,12 @@ def _gallery(folder: Path, site: str) -> list[Picture]:
     figures = folder / f"{site}.json"
     if not figures.exists():
         return []
-    cases = EvaluationFile.model_validate_json(figures.read_bytes()).cases
-    pictures = sorted((folder / site).glob("*.png"))
-    shown = [(cases[int(path.stem)], path) for path in pictures]
+    try:
+        cases = EvaluationFile.model_validate_json(figures.read_bytes()).cases
+    except ValidationError as error:
+        raise ConfigError(f"{figures}: {first_line(error, EvaluationFile)}") from None
+    numbered = [(int(path.stem), path) for path in sorted((folder / site).glob("*.png")) if path.stem.isdecimal()]
+    shown = [(cases[number], path) for number, path in numbered if number < len(cases)]
     shown.sort(key=lambda pair: pair[0].dice)
     return [Picture(inline(path), f"{case.name}: Dice {_score(case.dice)}") for case, path in shown]
 

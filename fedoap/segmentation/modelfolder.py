@@ -4,7 +4,6 @@ Shapes: B batch, C channels, *S spatial size.
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from fedoap.params import PERSONAL_PREFIX
 from fedoap.segmentation.network import Bank, FedOAPNet
 from fedoap.segmentation.patches import predict_by_windows
 from fedoap.segmentation.sitemodel import SiteModel
-from fedoap.tensors import read_blob
+from fedoap.tensors import read_blob, right_bytes
 
 PERSONAL_FILE = "personal.safetensors"
 
@@ -70,11 +69,11 @@ def load_model(model_json: Path, *, shared: bool, device: str = "auto") -> Predi
         raise ConfigError(f"{model_json}: has no personal part, so that only the shared path can run")
     chosen = choose_device(device)
     model = SiteModel(record.plan)
-    model.load_shared(read_files(record.shared))
+    model.load_shared(read_intact(record.shared))
     network = model.shared
     if not shared and record.personal is not None:
         network = own_network(model, load_tensors(record.personal / PERSONAL_FILE))
-    bank = None if record.bank is None else Bank.from_arrays(read_files(record.bank), chosen)
+    bank = None if record.bank is None else Bank.from_arrays(read_intact(record.bank), chosen)
     return Predictor(record.plan, network.to(chosen).eval(), bank, chosen)
 
 
@@ -104,26 +103,28 @@ def own_network(model: SiteModel, personal: Arrays) -> FedOAPNet:
 
 
 def read_files(files: BlobFiles) -> Arrays:
-    """Return the tensors of a blob on disk.
+    """Return the tensors of a blob on disk, whose bytes nobody has looked at again.
 
     Raises:
         TensorsError: a file is missing or does not match the other.
     """
     try:
-        manifest = BlobManifest.unpack(files.manifest.read_bytes())
-        arrays = read_blob(files.blob, manifest)
-        _check_chunks(files.blob, manifest)
+        return read_blob(files.blob, BlobManifest.unpack(files.manifest.read_bytes()))
     except OSError as error:
         raise TensorsError(f"{files.blob}: cannot be read: {error.strerror}") from None
+
+
+def read_intact(files: BlobFiles) -> Arrays:
+    """Return the tensors of a blob that may have lain anywhere for years, byte for byte what was once written.
+
+    Raises:
+        TensorsError: they are not, or a file is missing.
+    """
+    arrays = read_files(files)
+    manifest = BlobManifest.unpack(files.manifest.read_bytes())
+    if (at := right_bytes(files.blob, manifest)) < manifest.size:
+        raise TensorsError(f"{files.blob}: is damaged from byte {at} on: put it back from a backup, or export it again")
     return arrays
-
-
-def _check_chunks(path: Path, manifest: BlobManifest) -> None:
-    with path.open("rb") as file:
-        for at in range(0, manifest.size, manifest.chunk_bytes):
-            size, digest = manifest.chunk(at)
-            if hashlib.sha256(file.read(size)).digest() != digest:
-                raise TensorsError(f"{path}: bytes {at} to {at + size} are not what its manifest says; export it again")
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[np.generic]]:

@@ -7,7 +7,6 @@ to be written over (`fedoap.spares`) while the node runs and there is room.
 """
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from fedoap.errors import StorageError, TensorsError
 from fedoap.identity import sync_folder
 from fedoap.manifests import BlobManifest
 from fedoap.spares import Spares
-from fedoap.tensors import begin_write_back
+from fedoap.tensors import begin_write_back, right_bytes
 from fedoap_node.files import remove, write_durably
 
 LEAST_FREE_BYTES = 64 << 20
@@ -155,15 +154,3 @@ class BlobStore:
 
     def _part(self, part: bytes) -> Path:
         return self._parts / part.hex()
-
-
-def right_bytes(path: Path, blob: BlobManifest) -> int:
-    """Return how many of a file's first bytes are those of the blob, in whole chunks."""
-    if not blob.size:
-        return 0
-    with path.open("rb") as file:
-        for at in range(0, blob.size, blob.chunk_bytes):
-            size, digest = blob.chunk(at)
-            if hashlib.sha256(file.read(size)).digest() != digest:
-                return at
-    return blob.size

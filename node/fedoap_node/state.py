@@ -10,7 +10,8 @@ from fedoap.errors import StorageError, TrainingError
 from fedoap.identity import sync_folder
 from fedoap.manifests import TaskManifest
 from fedoap.sitefolder import SiteFolder
-from fedoap_node.blobs import BlobStore, right_bytes
+from fedoap.tensors import right_bytes
+from fedoap_node.blobs import BlobStore
 from fedoap_node.files import write_durably
 from fedoap_node.results import Result, Results
 

@@ -221,6 +221,20 @@ def test_export_writes_a_model_folder_that_stands_alone(fed_toml: Path, tmp_path
     assert record.shared.blob.parent == tmp_path / "out" / "model"
 
 
+def test_a_model_that_is_damaged_is_not_exported(fed_toml: Path, tmp_path: Path) -> None:
+    """Planted bug: only its length looked at, as before."""
+    config = load_federation(fed_toml)
+    with_one_round(config)
+    for blob in (config.coordinator.state / "blobs").iterdir():
+        if not blob.suffix:
+            blob.write_bytes(b"XXXX" + blob.read_bytes()[4:])
+
+    refused = run(fed_toml, "export", str(tmp_path / "out"))
+
+    assert "is damaged from byte 0 on; fedoap-coordinator verify says where" in str(refused.exception)
+    assert not (tmp_path / "out" / "model.json").exists()
+
+
 def test_a_state_folder_of_another_federation_is_refused(fed_toml: Path) -> None:
     run(fed_toml, "sites")
     fed_toml.write_text(FED_TOML.replace("demo", "other"))

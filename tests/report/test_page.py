@@ -86,6 +86,19 @@ def test_missing_or_foreign_results_are_named(tmp_path: Path) -> None:
         read_results(tmp_path / "results.json")
 
 
+def test_a_picture_of_no_case_is_left_out_and_damaged_figures_are_named(tmp_path: Path) -> None:
+    """Planted bugs: any PNG's name taken for a number; what pydantic says printed over several lines."""
+    _pictures(tmp_path)
+    for name in ("note.png", "77.png"):
+        (tmp_path / "evaluation" / SITES[0] / name).write_bytes(b"")
+
+    assert _report(tmp_path, _results()).count("data:image/png;base64,") == 3
+
+    (tmp_path / "evaluation" / f"{SITES[0]}.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"brain.json: \w+ is missing$"):
+        write_report(tmp_path / "results.json", tmp_path / "report.html")
+
+
 def test_a_volume_is_shown_where_most_of_the_reference_lies(tmp_path: Path) -> None:
     """Planted bug: the middle slice, which is all dark here."""
     image, reference = np.zeros((1, 16, 16, 8)), np.zeros((16, 16, 8), bool)

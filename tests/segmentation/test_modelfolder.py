@@ -12,7 +12,7 @@ from easy_site import SIZE, easy_plan
 from fedoap.config import BlobFiles, ModelRecord, StrategyConfig
 from fedoap.errors import ConfigError, TensorsError
 from fedoap.params import PERSONAL_PREFIX
-from fedoap.segmentation.modelfolder import choose_device, load_model, read_files
+from fedoap.segmentation.modelfolder import choose_device, load_model, read_intact
 from fedoap.segmentation.network import Bank
 from fedoap.segmentation.sitemodel import ModelPath, SiteModel
 from fedoap.tensors import write_blob
@@ -183,5 +183,5 @@ def test_a_blob_with_a_changed_byte_is_refused(tmp_path: Path) -> None:
     files = blob(tmp_path / "model", {"w": np.zeros(8, dtype=np.float32)})
     files.blob.write_bytes(b"XXXX" + files.blob.read_bytes()[4:])
 
-    with pytest.raises(TensorsError, match="bytes 0 to 32 are not what its manifest says"):
-        read_files(files)
+    with pytest.raises(TensorsError, match="is damaged from byte 0 on"):
+        read_intact(files)
