@@ -161,7 +161,9 @@ def evaluate(
 
 @cli.command(epilog="Example: fedoap predict --site hospital_a scan.nii.gz -o mask.nii.gz")
 @click.argument("image", type=PRESENT)
-@click.option("--output", "-o", type=FILE, required=True, help="Where the mask goes.")
+@click.option(
+    "--output", "-o", type=FILE, required=True, help="Where the mask goes: .png, .tif, .bmp, .nii or .nii.gz."
+)
 @click.option("--site", help="Name of the site whose model and settings are used.")
 @click.option("--home", type=FOLDER, help="Folder that holds the sites' folders, if not a usual place.")
 @click.option("--model", type=FOLDER, help="Folder that `fedoap-coordinator export` left, instead of --site.")

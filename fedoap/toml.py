@@ -84,6 +84,8 @@ def first_line(error: ValidationError, model: type[BaseModel]) -> str:
             return f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
         case "tuple_type":
             return f"{key} is {first['input']!r}, but must be a list"
+        case "too_short":
+            return f"{key} is {first['input']!r}, but must name {first['ctx']['min_length']} at least"
         case "model_type":
             return f"{key} is {first['input']!r}, but must be a table: [{key}]"
         case _:

@@ -145,7 +145,7 @@ def test_a_mistake_is_one_line_with_file_key_and_expectation(tmp_path: Path, tex
     ("text", "expected"),
     [
         ('federation = "f"', "sites is missing"),
-        ('federation = "f"\nsites = []', "sites is [], but tuple should have at least 1 item"),
+        ('federation = "f"\nsites = []', "sites is [], but must name 1 at least"),
         ('federation = "f"\nsites = ["a", "a"]', "sites is ['a', 'a'], but each name may occur once"),
         ('federation = "f"\nsites = ["A b"]', "sites.0: 'A b' is not 1 to 63 lower-case letters, digits"),
         ('federation = "../f"\nsites = ["a"]', "federation: '../f' is not 1 to 63 lower-case letters"),
