@@ -36,6 +36,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "port_full": "all {limit} descriptors are in use: no new connections until some end",
     "finished": "finished",
     "stopped": "stopped: {reason}",
+    "ended": "ended in good order",
     "upload_resumed": "{site} goes on with its upload at byte {at} of {bytes}",
 }
 PLAIN_PROGRESS_SECONDS: Final = 15.0

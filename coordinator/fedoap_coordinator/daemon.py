@@ -103,6 +103,7 @@ class Daemon:
             wait = {"more": 0, "blocked": BUSY_MILLISECONDS, "idle": int(TICK_SECONDS * 1000)}[sending]
         self._handle(Stopping())
         self.downloads.write()
+        self.note(Note("ended"))
 
     def note(self, note: Note) -> None:
         """Log a note and show it."""

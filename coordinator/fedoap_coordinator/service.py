@@ -71,7 +71,6 @@ def run(config: FederationConfig, terminal: Terminal, *, exit_when_finished: boo
             ) from error
         except FedoapError as error:
             raise _noted(journal, error) from error.__cause__
-        journal.write(Note("ended"))
 
 
 def _noted(journal: Journal, error: FedoapError) -> FedoapError:

@@ -248,6 +248,7 @@ def test_it_ends_in_good_order_and_comes_back_on_the_same_port(house: House, cli
     assert first.wait(10) == 0
     assert "no coordinator runs" in house.look("status")
     assert [entry["event"] for entry in house.log()][-1] == "ended"
+    assert house.output().splitlines()[-1].endswith("ended in good order")
     second = house.start()
     os.kill(second.pid, signal.SIGKILL)
     second.wait()
