@@ -167,7 +167,7 @@ class Daemon:
         status = self.machine.status()
         self.console.show(View(status, self.counts.moved, now))
         if self.metrics:
-            self.metrics.figures = Figures.of(status, self.counts)
+            self.metrics.show(Figures.of(status, self.counts))
         if now < self._next_status:
             return
         self._next_status = now + STATUS_SECONDS

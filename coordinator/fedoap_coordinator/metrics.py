@@ -67,23 +67,8 @@ class MetricsServer:
     def __init__(self, wish: str) -> None:
         host, _, port = wish.rpartition(":")
         host = host.strip("[]") or "127.0.0.1"
-        self.figures: Figures | None = None
-        server = self
-
-        class Handler(_Handler):
-            def figures(self) -> Figures | None:
-                return server.figures
-
-        class Server(ThreadingHTTPServer):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-            def handle_error(self, request: _Request, client_address: object) -> None:
-                """Say nothing of a client that hung up: the console is the federation's."""
-                if not isinstance(sys.exc_info()[1], OSError):
-                    super().handle_error(request, client_address)
-
         try:
-            self._http = Server((host, int(port)), Handler)
+            self._http = (_Server6 if ":" in host else _Server)((host, int(port)), _Handler)
         except OSError as error:
             raise ConfigError(
                 f"coordinator.metrics is {wish}, but nothing can listen there: {error.strerror}"
@@ -93,6 +78,10 @@ class MetricsServer:
         self._thread = threading.Thread(target=self._http.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
+    def show(self, figures: Figures) -> None:
+        """Serve these figures from now on."""
+        self._http.figures = figures
+
     def close(self) -> None:
         """Stop serving."""
         self._http.shutdown()
@@ -100,15 +89,26 @@ class MetricsServer:
         self._thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    figures: Figures | None = None
+
+    def handle_error(self, request: _Request, client_address: object) -> None:
+        """Say nothing of a client that hung up: the console is the federation's."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
 class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "fedoap", ""
     timeout: ClassVar[int] = CLIENT_SECONDS  # a client that says nothing holds a thread no longer
 
-    def figures(self) -> Figures | None:
-        raise NotImplementedError
-
     def do_GET(self) -> None:
-        figures = self.figures()
+        assert isinstance(self.server, _Server)
+        figures = self.server.figures
         if self.path != "/metrics" or figures is None:
             self.send_error(404 if figures else 503)
             return

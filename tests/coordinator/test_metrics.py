@@ -64,7 +64,7 @@ def test_an_ipv6_address_is_listened_at_and_named_as_one_writes_it() -> None:
     assert wish is not None
     server = MetricsServer(wish)
     try:
-        server.figures = figures()
+        server.show(figures())
         with urllib.request.urlopen(f"http://{server.address}/metrics", timeout=10) as answer:
             assert answer.status == 200
     finally:
@@ -124,7 +124,7 @@ def test_the_newest_figures_are_served_and_nothing_else(server: MetricsServer) -
     with pytest.raises(urllib.error.HTTPError, match="503"):
         fetch(server)
 
-    server.figures = figures()
+    server.show(figures())
 
     kind, text = fetch(server)
     assert (kind, text) == (CONTENT_TYPE, exposition(figures()))
@@ -134,7 +134,7 @@ def test_the_newest_figures_are_served_and_nothing_else(server: MetricsServer) -
 
 def test_a_client_that_says_nothing_keeps_nobody_waiting(server: MetricsServer) -> None:
     """Planted bug: one thread for all."""
-    server.figures = figures()
+    server.show(figures())
     host, _, port = server.address.rpartition(":")
     with socket.create_connection((host, int(port))):
         began = time.monotonic()

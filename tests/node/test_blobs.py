@@ -86,14 +86,19 @@ def test_a_part_that_is_not_known_to_be_right_is_gone_after_a_restart(tmp_path: 
     assert list(parts.iterdir()) == []
 
 
-def test_parts_of_blobs_that_nobody_wants_go_when_a_task_is_over(tmp_path: Path) -> None:
-    manifest, data = large(tmp_path)
-    store = BlobStore(tmp_path / "state")
+def begun(folder: Path) -> tuple[BlobStore, bytes]:
+    """Return a store that was started anew while a blob, and which, had its first chunk."""
+    manifest, data = large(folder)
+    store = BlobStore(folder / "state")
     store.open(manifest.id, manifest)
     store.write(manifest.id, 0, data[:MIB])
     store.close()
+    return BlobStore(folder / "state"), manifest.id
 
-    again = BlobStore(tmp_path / "state")
+
+def test_parts_of_blobs_that_nobody_wants_go_when_a_task_is_over(tmp_path: Path) -> None:
+    again, _ = begun(tmp_path)
+
     again.keep_only([])
 
     assert list((tmp_path / "state" / "parts").iterdir()) == []
@@ -101,16 +106,11 @@ def test_parts_of_blobs_that_nobody_wants_go_when_a_task_is_over(tmp_path: Path)
 
 def test_a_part_of_a_blob_that_is_wanted_stays_until_its_turn_comes(tmp_path: Path) -> None:
     """Planted bug: only those parts kept that are being written."""
-    manifest, data = large(tmp_path)
-    store = BlobStore(tmp_path / "state")
-    store.open(manifest.id, manifest)
-    store.write(manifest.id, 0, data[:MIB])
-    store.close()
+    again, blob = begun(tmp_path)
 
-    again = BlobStore(tmp_path / "state")
-    again.keep_only([manifest.id])
+    again.keep_only([blob])
 
-    assert again.partly() == {manifest.id: MIB}
+    assert again.partly() == {blob: MIB}
 
 
 @pytest.mark.parametrize("lost", ["part", "room"])

@@ -147,6 +147,7 @@ def test_nobody_at_the_address_is_told_and_the_link_comes_up_later(context: Cont
     door = Door(context, port)
     wait_for(link, News.UP)
 
+    assert link.up
     door.close()
 
 

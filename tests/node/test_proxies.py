@@ -166,6 +166,8 @@ def test_a_relay_that_ran_out_of_descriptors_goes_on_later(
     link = Link(context, Address(relay.endpoint, SERVER.public, None), SITE)
     wait_for(link, News.UP)
 
+    assert link.up
+    assert next(failures, None) is None
     link.close()
     relay.close()
     proxy.close()

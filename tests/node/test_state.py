@@ -1,4 +1,5 @@
 import fcntl
+import os
 import threading
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from fedoap.errors import StorageError
 from fedoap.manifests import BlobManifest, TaskManifest
 from fedoap.tensors import write_blob
-from fedoap_node.state import SiteState, lock_state
+from fedoap_node.state import SiteState, lock_state, running
 from tests.node.test_results import PLAN, folder, model, worked
 
 
@@ -33,7 +34,10 @@ def test_a_look_at_whether_a_node_runs_does_not_keep_one_from_starting(tmp_path:
         fcntl.flock(looked_at, fcntl.LOCK_SH)
         threading.Timer(0.1, lambda: fcntl.flock(looked_at, fcntl.LOCK_UN)).start()
 
-        opened(tmp_path).close()
+        state = opened(tmp_path)
+
+    assert running(site) == os.getpid()
+    state.close()
 
 
 def test_after_a_commit_only_its_own_result_and_blobs_are_left(tmp_path: Path) -> None:

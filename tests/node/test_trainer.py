@@ -244,4 +244,4 @@ def test_a_worker_that_outlasts_sigkill_does_not_hold_the_daemon(
 
     trainer.kill()
 
-    subprocess.Popen.wait(trainer._process)
+    assert subprocess.Popen.wait(trainer._process) == -signal.SIGKILL
