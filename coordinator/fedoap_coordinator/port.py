@@ -54,6 +54,9 @@ class _Inflight:
     site: str
     route: bytes
     tracker: zmq.MessageTracker
+    place: tuple[bytes, int, int]
+    """Blob, offset and size."""
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,9 @@ class Port:
 
     def _send_chunk(self, download: _Download) -> bool:
         size = min(CHUNK_BYTES, download.upto - download.at)
-        data = self._read(download.blob, download.at, size)
+        place = (download.blob, download.at, size)
+        # what lies in memory for one site serves the others that ask for it meanwhile: a name fixes the bytes
+        data = next((one.data for one in self._inflight if one.place == place), None) or self._read(*place)
         if data is None or len(data) != size:
             download.at = download.upto
             return True
@@ -215,7 +220,7 @@ class Port:
             return True
         download.at += size
         assert isinstance(body.tracker, zmq.MessageTracker)
-        self._inflight.append(_Inflight(download.site, download.route, body.tracker))
+        self._inflight.append(_Inflight(download.site, download.route, body.tracker, place, data))
         self._unconfirmed[download.route] = _Unconfirmed(download.site, self._clock() + CONFIRM_SECONDS)
         return True
 

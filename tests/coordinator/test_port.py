@@ -198,7 +198,7 @@ def test_a_site_that_does_not_read_is_sent_no_more_than_its_share(link: Link) ->
 def test_peers_that_say_nothing_are_sent_no_more_than_all_may_hold(context: Context) -> None:
     """Planted bug: a chunk that counts only until it is encrypted, so that each of a thousand peers holds one."""
     peers, now = 2 * CHUNKS_IN_ALL, [0.0]
-    source = Source(os.urandom(CHUNK_BYTES))
+    source = Source(os.urandom(2 * CHUNK_BYTES))
     zap = Zap(context, Doors.of(Roster(1, (Member("hospital_a", SITE.public, b"s" * 32),)), ()))
     zap.start()
     port = Port(context, SERVER, source.read, lambda: now[0])
@@ -209,8 +209,8 @@ def test_peers_that_say_nothing_are_sent_no_more_than_all_may_hold(context: Cont
         one.send_multipart([encode(Bye()), b""])
         assert port.socket.poll(5000)
         routes += [arrived.route for arrived in port.receive()]
-    for route in routes:
-        port.send_blob(SendBlob(route, BLOB, 0, CHUNK_BYTES), route.hex())
+    for at, route in enumerate(routes):  # bytes of its own for each: those of another are not read again
+        port.send_blob(SendBlob(route, BLOB, at, CHUNK_BYTES), route.hex())
 
     at_first = pumped(port, source)
     dealers[0].send_multipart([encode(Bye()), b""])
@@ -270,6 +270,31 @@ def pumped(port: Port, source: Source) -> int:
         port.pump()
         time.sleep(0.01)
     return len(source.reads)
+
+
+def test_sites_that_fetch_the_same_at_the_same_time_share_one_read(context: Context) -> None:
+    """Planted bug: bytes found by their blob and offset alone, so that the last site gets too many."""
+    zap = Zap(context, Doors.of(Roster(1, (Member("hospital_a", SITE.public, b"s" * 32),)), ()))
+    zap.start()
+    source = Source(os.urandom(CHUNK_BYTES))
+    port = Port(context, SERVER, source.read)
+    endpoint = port.bind("tcp://127.0.0.1:*", None)
+    dealers, got = [dealer(context, endpoint) for _ in range(3)], []
+    for one, size in zip(dealers, (CHUNK_BYTES, CHUNK_BYTES, 100), strict=True):
+        one.send_multipart([encode(Bye()), b""])
+        assert port.socket.poll(5000)
+        (arrived,) = port.receive()
+        port.send_blob(SendBlob(arrived.route, BLOB, 0, size), arrived.route.hex())
+    port.pump()
+    for one in dealers:
+        assert one.poll(5000)
+        got.append(one.recv_multipart()[1])
+        one.close()
+    port.close()
+    zap.stop()
+
+    assert got == [source.blob, source.blob, source.blob[:100]]
+    assert source.reads == [0, 0]
 
 
 def test_the_same_request_repeated_is_sent_once(link: Link) -> None:
